@@ -1,0 +1,194 @@
+"""The few operations on files that everything durable is built from.
+
+One small interface, so that object stores can follow and tests can fail any single operation.
+"""
+
+import errno
+import os
+import shutil
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+
+from state.errors import InputError, OutOfSpace, RunBusy
+
+DEVICE_ERRORS = {
+    errno.ENOSPC: "no space left on the device",
+    errno.EDQUOT: "disk quota reached",
+    errno.EIO: "I/O error",
+}
+ACCESS_ERRORS = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.ENAMETOOLONG}
+
+Bytes = bytes | bytearray | memoryview
+
+
+class Disk:
+    """Durable primitives on a local file system.
+
+    Each changing primitive calls `before(operation, path)` ahead of every step that can fail or be cut short.
+
+    Raises:
+        OutOfSpace: the device is full or reports an I/O error while writing.
+        InputError: a file or folder may not be read or written.
+    """
+
+    def before(self, operation: str, path: Path) -> None:
+        """Called ahead of each step; does nothing. Tests override it to fail or kill at a chosen step."""
+
+    def put(self, path: Path, data: Bytes) -> None:
+        """Write a new file and fsync it, making its parents. Its name is durable after `sync` of the folders.
+
+        Raises:
+            FileExistsError: `path` exists; published bytes are never overwritten.
+        """
+        with self._writing(path, memoryview(data).nbytes):
+            self.before("put", path)
+            _make_folder(path.parent)
+            self._write(path, data, os.O_EXCL)
+
+    def publish(self, path: Path, data: Bytes) -> None:
+        """Replace a file in one step: readers and crashes see old bytes or new ones. Durable on return."""
+        temporary = path.with_name(path.name + ".tmp")
+        with self._writing(path, memoryview(data).nbytes):
+            self.before("publish", temporary)
+            _make_folder(path.parent)
+            self._write(temporary, data, os.O_TRUNC)
+            self.before("replace", path)
+            temporary.replace(path)
+        self.sync([path.parent])
+
+    def append(self, path: Path, data: Bytes) -> None:
+        """Add to the end of a log in one write, without fsync: a power cut may take its last lines."""
+        with self._writing(path, memoryview(data).nbytes):
+            self.before("append", path)
+            descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
+            try:
+                os.write(descriptor, data)
+            finally:
+                os.close(descriptor)
+
+    def sync(self, directories: Iterable[Path]) -> None:
+        """Make the entries of each directory durable, in the given order."""
+        for directory in directories:
+            with self._writing(directory, 0):
+                self.before("sync", directory)
+                descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
+                try:
+                    os.fsync(descriptor)
+                finally:
+                    os.close(descriptor)
+
+    def rename(self, source: Path, target: Path) -> None:
+        """Move a file or folder within a file system; durable on return."""
+        with self._writing(target, 0):
+            self.before("rename", target)
+            source.rename(target)
+        self.sync(dict.fromkeys((target.parent, source.parent)))
+
+    def delete(self, path: Path) -> None:
+        """Remove a file or a whole folder if it is there. Not synced: recovery deletes again."""
+        with self._writing(path, 0):
+            self.before("delete", path)
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path)
+            else:
+                path.unlink(missing_ok=True)
+
+    def list(self, path: Path) -> list[str]:
+        """Names in a folder, sorted; none if it does not exist."""
+        try:
+            return sorted(entry.name for entry in path.iterdir())
+        except (FileNotFoundError, NotADirectoryError):
+            return []
+        except PermissionError as error:
+            raise InputError(f"{path} may not be read: {error.strerror}") from error
+
+    def read(self, path: Path) -> bytes:
+        """All bytes of a file.
+
+        Raises:
+            OSError: it is missing, no file, or unreadable by an I/O error.
+            InputError: it may not be read.
+        """
+        try:
+            return path.read_bytes()
+        except PermissionError as error:
+            raise InputError(f"{path} may not be read: {error.strerror}") from error
+
+    def free_bytes(self, path: Path) -> int:
+        """Bytes free where `path` is, or would be."""
+        while not path.exists() and path != path.parent:
+            path = path.parent
+        return shutil.disk_usage(path).free
+
+    @contextmanager
+    def lock(self, path: Path) -> Iterator[None]:
+        """Hold the lock file `path`, or fail at once. The operating system frees it however the process ends.
+
+        Raises:
+            RunBusy: another holder exists.
+        """
+        with self._writing(path, 0):
+            _make_folder(path.parent)
+            # A soft lock (a marker file) would outlive a killed holder: a file system without flock is
+            # refused.
+            lock = FileLock(path, blocking=False, thread_local=False, fallback_to_soft=False)
+            try:
+                lock.acquire()
+            except Timeout:
+                raise RunBusy(
+                    f"{path.parent} is being written by {_holder(path)}. "
+                    f"Wait until it ends, or stop it, then give the same command again; "
+                    f"`holdfast status {path.parent}` can be used meanwhile."
+                ) from None
+        try:
+            # The number is only for the message above; a full disk must not cost the lock.
+            with suppress(OSError):
+                path.write_text(f"{os.getpid()}\n")
+            yield
+        finally:
+            lock.release()
+
+    def _write(self, path: Path, data: Bytes, flag: int) -> None:
+        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | flag, 0o666)
+        try:
+            view = memoryview(data).cast("B")
+            while view:
+                view = view[os.write(descriptor, view) :]
+            self.before("fsync", path)
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+    @contextmanager
+    def _writing(self, path: Path, needed: int) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            if error.errno in DEVICE_ERRORS:
+                raise OutOfSpace(path, needed, self.free_bytes(path), DEVICE_ERRORS[error.errno]) from error
+            if error.errno == errno.ENOSYS:
+                raise InputError(
+                    f"{path}: this file system has no locks (flock). Choose another place."
+                ) from error
+            if error.errno in ACCESS_ERRORS:
+                raise InputError(
+                    f"{path} may not be written: {error.strerror}. Choose another place."
+                ) from error
+            raise
+
+
+def _make_folder(path: Path) -> None:
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except FileExistsError as error:
+        raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR)) from error
+
+
+def _holder(lock: Path) -> str:
+    try:
+        return f"process {int(lock.read_text())}"
+    except (OSError, ValueError):
+        return "another process"

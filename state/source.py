@@ -1,0 +1,198 @@
+"""Read a model folder's safetensors strictly: every header is checked before any byte of a tensor is used."""
+
+import json
+import mmap
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from state.errors import InputError
+from state.identity import tensor_digest
+
+SINGLE = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+# As in the reference reader of safetensors.
+HEADER_LIMIT = 100_000_000
+
+DTYPE_BITS = {
+    "BOOL": 8, "U8": 8, "I8": 8, "I16": 16, "U16": 16, "I32": 32, "U32": 32, "I64": 64, "U64": 64,
+    "F16": 16, "BF16": 16, "F32": 32, "F64": 64, "C64": 64,
+    "F8_E4M3": 8, "F8_E5M2": 8, "F8_E8M0": 8, "F8_E4M3FNUZ": 8, "F8_E5M2FNUZ": 8,
+    "F6_E2M3": 6, "F6_E3M2": 6, "F4": 4,
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class TensorEntry:
+    """One tensor of the source: `nbytes` bytes at `start` of `file`, which is relative to the folder."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    file: str
+    start: int
+    nbytes: int
+
+
+@dataclass(frozen=True)
+class Source:
+    """The tensors of a model folder, by hub name. Open it with `Source.open`."""
+
+    folder: Path
+    tensors: dict[str, TensorEntry]
+    maps: dict[str, memoryview]
+
+    @classmethod
+    def open(cls, folder: Path | str) -> "Source":
+        """Read and check all headers of `model.safetensors`, or of the shards that its index names.
+
+        Raises:
+            InputError: a file is missing, truncated, malformed or contradicts the index.
+        """
+        folder = Path(folder)
+        if not folder.is_dir():
+            raise InputError(f"{folder} is not a model folder")
+        if (folder / SINGLE).exists():
+            files, index = [SINGLE], None
+        elif (folder / INDEX).exists():
+            index = _read_index(folder / INDEX)
+            files = sorted(set(index.values()))
+        else:
+            present = ", ".join(sorted(path.name for path in folder.iterdir())[:10]) or "nothing"
+            raise InputError(f"{folder} has neither {SINGLE} nor {INDEX} (found: {present})")
+
+        maps = {file: _map(folder / file) for file in files}
+        tensors: dict[str, TensorEntry] = {}
+        for file in files:
+            for entry in _read_header(folder / file, file, maps[file]):
+                if entry.name in tensors:
+                    raise InputError(
+                        f"{folder}: {entry.name} is in both {tensors[entry.name].file} and {file}"
+                    )
+                tensors[entry.name] = entry
+        if index is not None:
+            _check_index(folder / INDEX, index, tensors)
+        return cls(folder, dict(sorted(tensors.items())), maps)
+
+    def read(self, name: str) -> memoryview:
+        """The bytes of a tensor, mapped and read-only.
+
+        Raises:
+            InputError: there is no such tensor.
+        """
+        if name not in self.tensors:
+            raise InputError(f"{self.folder} has no tensor {name}")
+        entry = self.tensors[name]
+        return self.maps[entry.file][entry.start : entry.start + entry.nbytes]
+
+    def digest(self, name: str) -> str:
+        """`BF16[4096,256] xxh3:...` of a tensor, as in `Identity.tensors`."""
+        data = self.read(name)
+        entry = self.tensors[name]
+        return tensor_digest(entry.dtype, entry.shape, data)
+
+    def digests(self, threads: int) -> dict[str, str]:
+        """Digest of every tensor, by name; read in the order of the files."""
+        order = sorted(self.tensors.values(), key=lambda entry: (entry.file, entry.start))
+        names = [entry.name for entry in order]
+        with ThreadPoolExecutor(threads) as pool:
+            found = dict(zip(names, pool.map(self.digest, names), strict=True))
+        return {name: found[name] for name in self.tensors}
+
+
+def _map(path: Path) -> memoryview:
+    try:
+        with path.open("rb") as file:
+            return memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
+    except ValueError as error:
+        raise InputError(f"{path} is empty") from error
+    except OSError as error:
+        raise InputError(f"{path} cannot be read: {error.strerror}") from error
+
+
+def _read_json(path: Path, data: bytes) -> Any:
+    def refuse_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        if len({name for name, _ in pairs}) != len(pairs):
+            names = [name for name, _ in pairs]
+            raise InputError(f"{path}: {next(n for n in names if names.count(n) > 1)!r} is named twice")
+        return dict(pairs)
+
+    try:
+        return json.loads(data.decode(), object_pairs_hook=refuse_duplicates)
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{path}: malformed JSON ({error})") from error
+
+
+def _read_index(path: Path) -> dict[str, str]:
+    try:
+        content = _read_json(path, path.read_bytes())
+    except OSError as error:
+        raise InputError(f"{path} cannot be read: {error.strerror}") from error
+    weight_map = content.get("weight_map") if isinstance(content, dict) else None
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise InputError(f"{path} has no weight_map")
+    for name, file in weight_map.items():
+        if (
+            not isinstance(file, str)
+            or not file
+            or PurePosixPath(file).is_absolute()
+            or ".." in Path(file).parts
+        ):
+            raise InputError(f"{path}: {name} is said to be in {file!r}, outside the model folder")
+        if not (path.parent / file).is_file():
+            raise InputError(f"{path}: {name} is said to be in {file}, which is missing. Download it again.")
+    return weight_map
+
+
+def _check_index(path: Path, index: Mapping[str, str], tensors: Mapping[str, TensorEntry]) -> None:
+    for name, file in index.items():
+        if name not in tensors or tensors[name].file != file:
+            raise InputError(f"{path}: {name} is said to be in {file}, which does not have it")
+    for name, entry in tensors.items():
+        if name not in index:
+            raise InputError(f"{path} does not name {name}, which {entry.file} has")
+
+
+def _read_header(path: Path, file: str, data: memoryview) -> list[TensorEntry]:
+    length = int.from_bytes(data[:8], "little")
+    if len(data) < 8 or length > HEADER_LIMIT or 8 + length > len(data):
+        raise InputError(
+            f"{path} is truncated or no safetensors file ({len(data):,} bytes, header of {length:,})"
+        )
+    header = _read_json(path, bytes(data[8 : 8 + length]))
+    if not isinstance(header, dict):
+        raise InputError(f"{path}: the header is no JSON object")
+    header.pop("__metadata__", None)
+    entries = sorted(
+        (_entry(path, file, name, fields, 8 + length) for name, fields in header.items()),
+        key=lambda entry: (entry.start, entry.nbytes),
+    )
+    # The format allows neither holes nor overlaps, so that no byte belongs to nothing or to two tensors.
+    end = 8 + length
+    for entry in entries:
+        if entry.start != end:
+            fault = "overlaps the tensor before it" if entry.start < end else "leaves a hole before it"
+            raise InputError(f"{path}: {entry.name} {fault} (starts at byte {entry.start}, expected {end})")
+        end += entry.nbytes
+    if end != len(data):
+        fault = "truncated" if end > len(data) else "longer than its header says"
+        raise InputError(f"{path} is {fault}: {len(data):,} bytes, expected {end:,}. Download it again.")
+    return entries
+
+
+def _entry(path: Path, file: str, name: str, fields: Any, base: int) -> TensorEntry:
+    try:
+        dtype, shape, (start, end) = fields["dtype"], fields["shape"], fields["data_offsets"]
+    except (KeyError, TypeError, ValueError):
+        raise InputError(f"{path}: the header of {name} lacks dtype, shape or data_offsets") from None
+    if not isinstance(dtype, str) or dtype not in DTYPE_BITS:
+        raise InputError(f"{path}: {name} has the unknown dtype {dtype!r}")
+    numbers = [start, end, *shape] if isinstance(shape, list) else [None]
+    if not all(type(number) is int and number >= 0 for number in numbers):
+        raise InputError(f"{path}: {name} has shape {shape!r} and offsets {[start, end]!r}")
+    if (end - start) * 8 != prod(shape) * DTYPE_BITS[dtype]:
+        raise InputError(f"{path}: {name} is {dtype}{shape}, which does not take {end - start:,} bytes")
+    return TensorEntry(name, dtype, tuple(shape), file, base + start, end - start)

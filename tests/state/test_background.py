@@ -1,0 +1,85 @@
+import errno
+import os
+import threading
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import state
+from state.background import BackgroundWriter
+from state.durable import Disk
+from state.errors import OutOfSpace
+from state.head import Head
+from state.store import Cursor, RunWriter, Update
+from tests.state import driver
+
+
+class GatedDisk(Disk):
+    """Waits for `gate` before publishing a head; `error` makes it fail there."""
+
+    def __init__(self) -> None:
+        self.gate = threading.Event()
+        self.reached = threading.Event()
+        self.error = 0
+
+    def before(self, operation: str, path: Path) -> None:
+        if operation == "publish":
+            self.reached.set()
+            assert self.gate.wait(30)
+            if self.error:
+                raise OSError(self.error, os.strerror(self.error))
+
+
+@pytest.fixture
+def disk(halfway: Path) -> GatedDisk:
+    return GatedDisk()
+
+
+def update(batch: int) -> Update:
+    return Update(Cursor(batch=batch), False, driver.observed(batch))
+
+
+def test_submit_returns_before_the_commit_and_wait_gives_its_head(halfway: Path, disk: GatedDisk) -> None:
+    told: list[tuple[Head, float]] = []
+    with (
+        RunWriter.resume(halfway, disk) as writer,
+        BackgroundWriter(writer, lambda *facts: told.append(facts)) as background,
+    ):
+        assert background.wait().number == 2
+        background.submit(update(3))
+        assert disk.reached.wait(30)
+        assert background.busy and state.open(halfway).head.number == 2
+        disk.gate.set()
+        head = background.wait()
+        assert (head.number, head.cursor.batch, background.busy) == (3, 3, False)
+        assert [known for known, _ in told] == [head] and told[0][1] > 0
+    np.testing.assert_equal(dict(state.open(halfway).generation().arrays), dict(driver.observed(3).arrays))
+
+
+def test_one_commit_is_in_flight_at_a_time(halfway: Path, disk: GatedDisk) -> None:
+    with RunWriter.resume(halfway, disk) as writer, BackgroundWriter(writer) as background:
+        background.submit(update(3))
+        assert disk.reached.wait(30)
+        second = threading.Thread(target=background.submit, args=(update(4),))
+        second.start()
+        assert second.is_alive() and not (halfway / "calibration.zarr/g000004").exists()
+        disk.gate.set()
+        second.join()
+    assert state.open(halfway).head.cursor.batch == 4
+
+
+@pytest.mark.parametrize("by", ["wait", "submit", "exit"])
+def test_an_error_of_the_thread_reaches_the_caller(halfway: Path, disk: GatedDisk, by: str) -> None:
+    disk.error = errno.ENOSPC
+    disk.gate.set()
+    with RunWriter.resume(halfway, disk) as writer, pytest.raises(OutOfSpace):  # noqa: SIM117
+        with BackgroundWriter(writer) as background:
+            background.submit(update(3))
+            if by == "wait":
+                background.wait()
+            if by == "submit":
+                background.submit(update(4))
+    assert state.open(halfway).head.number == 2
+    assert driver.drive(halfway) == ()
+    np.testing.assert_equal(dict(state.open(halfway).generation().arrays), driver.statistics_after(3))
