@@ -14,7 +14,7 @@ import json
 import os
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from types import TracebackType
@@ -73,43 +73,10 @@ class RunWriter:
             tokens: int32 [windows, seq], with the digest that `record.identity` has.
 
         Raises:
-            InputError: the run exists, or the folder holds other files.
-            RunBusy, OutOfSpace: see `Disk`.
+            InputError, RunBusy, OutOfSpace: see `Claim`.
         """
-        path, disk = Path(path), disk or Disk()
-        if tokens.dtype != np.int32 or tokens.ndim != 2 or tokens_digest(tokens) != record.identity.tokens:
-            raise ValueError("tokens must be int32 [windows, seq] and those of record.identity")
-        if path.exists() and not path.is_dir():
-            raise InputError(f"{path} is a file. Choose another name for the run.")
-        if foreign := set(disk.list(path)) - OWN_NAMES:
-            raise InputError(
-                f"{path} holds other files ({min(foreign)}). Choose an empty or new folder for the run."
-            )
-        with ExitStack() as held:
-            held.enter_context(disk.lock(path / LOCK))
-            if published(path, disk):
-                raise InputError(f"{path} exists already. Resume it, or choose another name.")
-            for name in disk.list(path):
-                if name != LOCK:
-                    disk.delete(path / name)
-            writer = cls(path, disk, record, held.pop_all())
-        with _closed_on_error(writer):
-            objects = ObjectWriter(path, disk)
-            encoded = record.encode()
-            with _needing(tokens.nbytes + len(encoded)):
-                objects.put(RECORD, encoded)
-                objects.group("")
-                windows_per_chunk = max(1, TOKENS_PER_CHUNK // max(tokens.shape[1], 1))
-                objects.array(
-                    "tokens",
-                    tokens,
-                    fill=-1,
-                    axes=("window", "position"),
-                    chunks=(min(windows_per_chunk, max(tokens.shape[0], 1)), tokens.shape[1]),
-                )
-                writer._publish(objects, Cursor(), finished=False, generation=None)
-            writer.event("created")
-        return writer
+        with Claim(path, disk) as claim:
+            return claim.create(record, tokens)
 
     @classmethod
     def resume(cls, path: Path | str, disk: Disk | None = None) -> "RunWriter":
@@ -184,6 +151,7 @@ class RunWriter:
         self.close()
 
     def _recover(self, found: Found) -> None:
+        # A kill may have left HEAD visible but not durable; what is reported from here on must stay true.
         self.disk.sync([self.path / HEADS, self.path])
         self.notes = found.notes
         self._accepted = found.head.accepted_environments
@@ -229,6 +197,72 @@ class RunWriter:
         for group in {old.generation for old in dropped if old.generation} - kept_groups:
             self.disk.delete(self.path / ZARR / str(group))
         return head
+
+
+class Claim:
+    """Holds the lock of a run that does not exist yet, so that a second process is refused before it begins.
+
+    A context manager; `create` hands the lock on to the writer. Left without it, nothing stays behind.
+
+    Raises (on entering):
+        InputError: the run exists, or the folder holds other files.
+        RunBusy, OutOfSpace: see `Disk`.
+    """
+
+    def __init__(self, path: Path | str, disk: Disk | None = None) -> None:
+        self.path, self.disk = Path(path), disk or Disk()
+        self._held = ExitStack()
+        self._made_folder = False
+
+    def __enter__(self) -> Self:
+        if self.path.exists() and not self.path.is_dir():
+            raise InputError(f"{self.path} is a file. Choose another name for the run.")
+        if foreign := set(self.disk.list(self.path)) - OWN_NAMES:
+            raise InputError(
+                f"{self.path} holds other files ({min(foreign)}). Choose an empty or new folder for the run."
+            )
+        self._made_folder = not self.path.exists()
+        with ExitStack() as held:
+            held.enter_context(self.disk.lock(self.path / LOCK))
+            if published(self.path, self.disk):
+                raise InputError(f"{self.path} exists already. Resume it, or choose another name.")
+            self._held = held.pop_all()
+        return self
+
+    def create(self, record: RunRecord, tokens: NDArray[np.int32]) -> RunWriter:
+        """Make the run, with its tokens and no statistics yet; see `RunWriter.create`."""
+        if tokens.dtype != np.int32 or tokens.ndim != 2 or tokens_digest(tokens) != record.identity.tokens:
+            raise ValueError("tokens must be int32 [windows, seq] and those of record.identity")
+        for name in set(self.disk.list(self.path)) - {LOCK}:
+            self.disk.delete(self.path / name)
+        writer = RunWriter(self.path, self.disk, record, self._held.pop_all())
+        self._made_folder = False
+        with _closed_on_error(writer):
+            objects = ObjectWriter(self.path, self.disk)
+            encoded = record.encode()
+            with _needing(tokens.nbytes + len(encoded)):
+                objects.put(RECORD, encoded)
+                objects.group("")
+                windows_per_chunk = max(1, TOKENS_PER_CHUNK // max(tokens.shape[1], 1))
+                objects.array(
+                    "tokens",
+                    tokens,
+                    fill=-1,
+                    axes=("window", "position"),
+                    chunks=(min(windows_per_chunk, max(tokens.shape[0], 1)), tokens.shape[1]),
+                )
+                writer._publish(objects, Cursor(), finished=False, generation=None)
+        writer.event("created")
+        return writer
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._made_folder:  # unlinked while still locked: whoever waits for this file finds it has no name
+            (self.path / LOCK).unlink(missing_ok=True)
+            with suppress(OSError):
+                self.path.rmdir()
+        self._held.close()
 
 
 def _lasting(head: Head, generation: str | None) -> dict[str, str]:

@@ -1,0 +1,77 @@
+"""Loads the model whole, onto one device, and refuses what transformers would let pass in silence."""
+
+from pathlib import Path
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import logging
+
+from state.errors import InputError
+
+
+def pick_device(name: str) -> torch.device:
+    """`auto`: the first GPU, or the CPU where there is none. Raises InputError for a device this machine
+    lacks.
+    """
+    if name == "auto":
+        return torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise InputError(
+            f"DEVICE {name!r} can't be used: {str(error).splitlines()[0]}; try auto, cpu or cuda:0"
+        ) from error
+    return device
+
+
+def load_model(
+    folder: Path, device: torch.device, experts: str, trust_remote_code: bool = False
+) -> PreTrainedModel:
+    """The model in its stored dtype, in evaluation mode.
+
+    experts: transformers' implementation for fused experts, where the model has a choice (`grouped_mm` or
+    `eager`).
+    Raises InputError when a tensor is missing or has another shape than the configuration says, or memory
+    runs out.
+    """
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        model, info = AutoModelForCausalLM.from_pretrained(
+            folder,
+            dtype="auto",
+            trust_remote_code=trust_remote_code,
+            output_loading_info=True,
+            use_safetensors=True,
+        )
+    except (RuntimeError, ValueError, OSError) as error:
+        raise InputError(f"{folder} can't be loaded: {_first_lines(error)}") from error
+    finally:
+        logging.set_verbosity(verbosity)
+    if missing := sorted(info["missing_keys"]):
+        raise InputError(
+            f"{folder} lacks {len(missing)} tensors its config.json asks for, such as {missing[0]}; "
+            "transformers would have made them up"
+        )
+    if model._can_set_experts_implementation():
+        model.set_experts_implementation(experts)
+    try:
+        return model.eval().to(device)
+    except torch.OutOfMemoryError as error:
+        raise InputError(
+            f"{folder} does not fit on {device}: {str(error).splitlines()[0]}; try DEVICE=cpu"
+        ) from error
+
+
+def load_tokenizer(folder: Path, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
+    """The model's tokenizer. Raises InputError where the folder holds none that works."""
+    try:
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    except Exception as error:  # tokenizers raises bare Exception for a malformed tokenizer.json
+        raise InputError(f"the tokenizer in {folder} can't be loaded: {_first_lines(error)}") from error
+
+
+def _first_lines(error: Exception) -> str:
+    lines = [line.strip() for line in str(error).strip().splitlines() if line.strip()]
+    return " ".join(lines[:3]) or type(error).__name__

@@ -1,0 +1,73 @@
+"""MODEL, as a person gives it: a folder here, or a model on the hub."""
+
+import os
+from pathlib import Path
+
+from stages.progress import Progress
+from state.errors import InputError
+from state.identity import digest
+
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "vocab.txt",
+    "merges.txt",
+    "chat_template.jinja",
+    "chat_template.json",
+)
+WANTED = (
+    "*.safetensors",
+    "*.safetensors.index.json",
+    "*.json",
+    "*.jinja",
+    "*.txt",
+    "*.model",
+    "*.py",
+    "*.tiktoken",
+)
+
+
+def locate(model: str, revision: str | None, progress: Progress) -> Path:
+    """The folder that holds the model: itself, or the hub's snapshot, fetched if it has to be.
+
+    Raises InputError when there is no such folder and the hub has no such model, or can't be reached.
+    """
+    folder = Path(model).expanduser()
+    if folder.is_dir():
+        if revision is not None:
+            raise InputError(
+                f"--revision {revision} was given, but {model} is a local folder; leave --revision out"
+            )
+        return folder
+    if folder.is_absolute() or model.startswith((".", "~")) or model.count("/") != 1:
+        raise InputError(
+            f"there is no folder {model}; MODEL is a Hugging Face model folder or a hub id like org/name"
+        )
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    progress.stage(f"fetching {model} from the hub")
+    try:
+        return Path(snapshot_download(model, revision=revision, allow_patterns=list(WANTED)))
+    except LocalEntryNotFoundError as error:
+        offline = " (HF_HUB_OFFLINE is set)" if os.environ.get("HF_HUB_OFFLINE") else ""
+        raise InputError(
+            f"{model} is neither a folder here nor in the hub's cache, and the hub can't be reached{offline}"
+        ) from error
+    except (HfHubHTTPError, HFValidationError, OSError) as error:
+        raise InputError(
+            f"{model} can't be fetched from the hub: {str(error).strip().splitlines()[0]}"
+        ) from error
+
+
+def tokenizer_digests(folder: Path) -> dict[str, str]:
+    """Digest of every file that makes up the tokenizer, by name. Empty where the folder has none."""
+    files = (
+        [folder / name for name in TOKENIZER_FILES]
+        + sorted(folder.glob("*.model"))
+        + sorted(folder.glob("*.tiktoken"))
+    )
+    return {path.name: digest(path.read_bytes()) for path in files if path.is_file()}

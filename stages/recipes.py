@@ -1,0 +1,92 @@
+"""Recipes: what to quantize, and how, in modelopt's own names and formats."""
+
+import contextlib
+import copy
+import io
+from dataclasses import dataclass
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any
+
+from state.errors import InputError
+
+PRESET_PREFIXES = ("general/ptq/", "huggingface/", "models/")
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """One of modelopt's quantization recipes.
+
+    name: as the user typed it. quant_cfg: modelopt's ordered list of quantizer rules. algorithm: the name of
+    the calibration algorithm the recipe asks for (`max`, `awq_lite`, ...). algorithm_options: the options
+    that come with it.
+    """
+
+    name: str
+    quant_cfg: list[dict[str, Any]]
+    algorithm: str
+    algorithm_options: dict[str, Any]
+
+    def config(self) -> dict[str, Any]:
+        """The recipe as `mtq.quantize` takes it, without an algorithm: quantizers are placed, nothing is
+        calibrated.
+        """
+        return {"quant_cfg": copy.deepcopy(self.quant_cfg), "algorithm": None}
+
+
+def resolve(name: str) -> Recipe:
+    """Look a recipe up in modelopt's library: a preset (`nvfp4`), a shipped recipe file or a path to one of
+    your own.
+
+    Raises InputError when modelopt knows no such recipe, or when the file is not a post-training quantization
+    recipe.
+    """
+    from modelopt.recipe.presets import QUANT_CFG_CHOICES
+
+    if name in QUANT_CFG_CHOICES:
+        return _recipe(name, QUANT_CFG_CHOICES[name])
+    if "/" not in name and not Path(name).is_file():
+        raise InputError(_unknown(name, list(QUANT_CFG_CHOICES)))
+    return _recipe(name, _load_file(name))
+
+
+def shipped() -> list[str]:
+    """Names of every recipe modelopt ships: presets first, then whole recipe files."""
+    import modelopt_recipes  # type: ignore[import-untyped]
+    from modelopt.recipe.presets import QUANT_CFG_CHOICES
+
+    root = Path(modelopt_recipes.__file__).parent
+    files = [str(path.relative_to(root).with_suffix("")) for path in sorted(root.glob("general/ptq/*.yaml"))]
+    return [*QUANT_CFG_CHOICES, *files]
+
+
+def _load_file(name: str) -> dict[str, Any]:
+    from modelopt.recipe import load_recipe
+    from modelopt.recipe.config import ModelOptPTQRecipe
+
+    try:
+        with contextlib.redirect_stdout(io.StringIO()):  # load_recipe prints where it reads from
+            recipe = load_recipe(name)
+    except (ValueError, OSError) as error:
+        if "not a valid YAML file or directory" in str(error):
+            raise InputError(_unknown(name, shipped())) from error
+        raise InputError(f"recipe {name!r} can't be read: {error}") from error
+    if not isinstance(recipe, ModelOptPTQRecipe):
+        raise InputError(
+            f"recipe {name!r} is a {type(recipe).__name__}, not a post-training quantization recipe"
+        )
+    quantize: dict[str, Any] = recipe.quantize.model_dump(exclude_unset=True)
+    return quantize
+
+
+def _recipe(name: str, config: dict[str, Any]) -> Recipe:
+    algorithm = config.get("algorithm") or {"method": "max"}
+    options = {"method": algorithm} if isinstance(algorithm, str) else dict(algorithm)
+    method = options.pop("method")
+    return Recipe(name, copy.deepcopy(config["quant_cfg"]), method, options)
+
+
+def _unknown(name: str, known: list[str]) -> str:
+    near = get_close_matches(name, known, n=3, cutoff=0.4)
+    hint = f"did you mean {' or '.join(near)}?" if near else f"modelopt ships: {', '.join(known)}"
+    return f"no recipe is called {name!r}; {hint}"

@@ -1,0 +1,26 @@
+"""Tensors of the source checkpoint as torch tensors."""
+
+import numpy as np
+import torch
+
+from state.source import Source
+
+TORCH_DTYPES = {
+    "BF16": torch.bfloat16,
+    "F16": torch.float16,
+    "F32": torch.float32,
+    "F64": torch.float64,
+}
+
+
+def read_tensor(source: Source, name: str) -> torch.Tensor:
+    """A float tensor in its stored dtype and shape, copied into memory of its own."""
+    entry = source.tensors[name]
+    raw = np.frombuffer(source.read(name), dtype=np.uint8).copy()
+    return torch.from_numpy(raw).view(TORCH_DTYPES[entry.dtype]).reshape(entry.shape)
+
+
+def largest_magnitude(values: torch.Tensor) -> torch.Tensor:
+    """max |x| along the last axis, float32, without a copy of the values."""
+    low, high = torch.aminmax(values.detach(), dim=-1)
+    return torch.maximum(-low.float(), high.float())

@@ -1,0 +1,27 @@
+"""What all tests share: no network, and a tiny model to work on."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # before any test imports huggingface_hub
+
+
+@pytest.fixture(scope="session")
+def shared() -> Path:
+    """The folder with the trained test model and its texts, where HOLDFAST_SHARED names one."""
+    folder = os.environ.get("HOLDFAST_SHARED")
+    if not folder:
+        pytest.skip("HOLDFAST_SHARED is not set")
+    return Path(folder)
+
+
+@pytest.fixture(scope="session")
+def demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the demo's `model` (a tiny Qwen3-MoE) and `text.jsonl`. Read only."""
+    from pipeline.demo import make_demo
+
+    folder = tmp_path_factory.mktemp("demo")
+    make_demo(folder)
+    return folder

@@ -1,0 +1,47 @@
+"""The lock of a run that does not exist yet."""
+
+from pathlib import Path
+
+import pytest
+
+from state.durable import Disk
+from state.errors import InputError, RunBusy
+from state.store import Claim, RunWriter, published
+from tests.state import driver
+
+
+def test_a_claim_keeps_others_out(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    with Claim(run), pytest.raises(RunBusy, match="being written"):
+        Claim(run).__enter__()
+
+
+def test_a_claim_given_up_leaves_nothing(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    with pytest.raises(ZeroDivisionError), Claim(run):
+        _ = 1 / 0
+    assert list(tmp_path.iterdir()) == []
+    with Claim(run):
+        assert run.is_dir()
+
+
+def test_a_folder_that_was_there_stays(tmp_path: Path) -> None:
+    with pytest.raises(ZeroDivisionError), Claim(tmp_path):
+        _ = 1 / 0
+    assert tmp_path.is_dir()
+
+
+def test_the_lock_goes_on_to_the_writer(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    with Claim(run) as claim:
+        writer = claim.create(driver.RECORD, driver.TOKENS)
+    with writer, pytest.raises(RunBusy):
+        RunWriter.resume(run)
+    RunWriter.resume(run).close()
+
+
+def test_a_run_that_exists_can_not_be_claimed(tmp_path: Path) -> None:
+    RunWriter.create(tmp_path / "run", driver.RECORD, driver.TOKENS).close()
+    with pytest.raises(InputError, match="exists already"):
+        Claim(tmp_path / "run").__enter__()
+    assert published(tmp_path / "run", Disk())
