@@ -1,0 +1,58 @@
+"""A checkpoint's configuration, as modelopt writes it, and the files carried along from the source."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from stages.skeleton import Skeleton
+
+CARRIED = (
+    "tokenizer*",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.*",
+    "merges.txt",
+    "*.model",
+    "*.tiktoken",
+    "chat_template*",
+    "additional_chat_templates/*",
+    "generation_config.json",
+    "preprocessor_config.json",
+    "processor_config.json",
+    "*.py",
+)
+"""Files of the source folder that are copied byte for byte."""
+
+
+def config_files(skeleton: Skeleton, hf_quant_config: dict[str, Any], dtype: str) -> dict[str, bytes]:
+    """`config.json` and `hf_quant_config.json`, as modelopt's `export_hf_checkpoint` fills them.
+
+    Args:
+        skeleton: its config is normalized by transformers, as `save_pretrained` does.
+        hf_quant_config: modelopt's quantization config, names as on the hub.
+        dtype: of the unquantized tensors, such as `bfloat16`.
+    """
+    from modelopt.torch.export.convert_hf_config import convert_hf_quant_config_format
+    from modelopt.torch.export.plugins.hf_checkpoint_utils import sanitize_hf_config_for_deployment
+
+    saved = type(skeleton.config).from_dict(skeleton.config.to_dict())
+    saved.dtype = dtype
+    saved.architectures = [type(skeleton.model).__name__]
+    content = json.loads(saved.to_json_string(use_diff=True))
+    sanitize_hf_config_for_deployment(content, skeleton.model)
+    files = {}
+    quantization = hf_quant_config.get("quantization", {})
+    if quantization.get("quant_algo") is not None or quantization.get("kv_cache_quant_algo") is not None:
+        content["quantization_config"] = convert_hf_quant_config_format(hf_quant_config)
+        files["hf_quant_config.json"] = _json(hf_quant_config)
+    return {"config.json": _json(content), **files}
+
+
+def carried_files(folder: Path) -> list[str]:
+    """Names, relative to the source folder, of the files to carry along; sorted."""
+    found = {path for pattern in CARRIED for path in folder.glob(pattern) if path.is_file()}
+    return sorted(path.relative_to(folder).as_posix() for path in found)
+
+
+def _json(content: dict[str, Any]) -> bytes:
+    return (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode()

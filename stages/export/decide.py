@@ -1,0 +1,87 @@
+"""Every scale of a checkpoint, decided from what was observed. Pure."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from stages.export import scales
+from stages.export.observed import Observed, expert_families, input_quantizer, kv_quantizers
+from stages.export.plan import kv_scale_names
+from stages.export.unify import Family, Policies, PolicyUse, unify
+from stages.quantizers import QuantizerPlan
+
+UNIT_SCALE = 1.0
+"""The cache scale of recipes that fix it (`*_cast`); written out, since engines warn about a missing one."""
+
+
+@dataclass(frozen=True)
+class Decisions:
+    """What a checkpoint stores beside its weights.
+
+    scales: output tensor → float32 `[]`. weight_amax: module → what its weight is packed with.
+    weights_only: modules without an input scale. uses: every policy that acted.
+    """
+
+    scales: dict[str, Tensor]
+    weight_amax: dict[str, Tensor]
+    weights_only: frozenset[str]
+    uses: tuple[PolicyUse, ...]
+
+
+def decide(
+    found: Observed,
+    quantizers: QuantizerPlan,
+    same_input: Sequence[Sequence[str]],
+    engine_fused: Sequence[Sequence[str]],
+    policies: Policies,
+) -> Decisions:
+    """Unify, reduce and scale. Groups are of hub modules.
+
+    Raises InputError as `unify` and `share_weight_amax` do.
+    """
+    weights = scales.share_weight_amax(
+        found.weights, quantizers.weights, same_input, engine_fused, quantizers.fused_experts, policies.dead
+    )
+    inputs = unify(
+        found.inputs,
+        [[input_quantizer(module) for module in group] for group in same_input],
+        [[input_quantizer(module) for module in group] for group in engine_fused],
+        _families(quantizers),
+        policies,
+    )
+    kv = unify(found.kv, policies=policies)
+    result: dict[str, Tensor] = {}
+    weights_only = set()
+    for module in quantizers.inputs:
+        amax = inputs.amax.get(input_quantizer(module))
+        if module in quantizers.constant_inputs:
+            amax = torch.tensor(quantizers.constant_inputs[module], dtype=torch.float32)
+        if amax is None:
+            weights_only.add(module)
+        else:
+            result[f"{module}.input_scale"] = scales.input_scale(quantizers.weights[module].format, amax)
+    weight_amax = {}
+    for module, stored in quantizers.weights.items():
+        amax = weights.amax[f"{module}.weight_quantizer"]
+        assert amax is not None, module
+        weight_amax[module] = amax
+        if stored.format == "nvfp4":
+            result[f"{module}.weight_scale_2"] = scales.weight_scale_2(amax)
+        else:
+            result[f"{module}.weight_scale"] = scales.fp8_weight_scale(amax)
+    for attention in quantizers.kv:
+        for name, quantizer in zip(kv_scale_names(attention), kv_quantizers(attention), strict=True):
+            amax = kv.amax.get(quantizer)
+            result[name] = torch.tensor(UNIT_SCALE) if amax is None else scales.kv_scale(amax)
+    return Decisions(result, weight_amax, frozenset(weights_only), (*inputs.uses, *weights.uses, *kv.uses))
+
+
+def _families(quantizers: QuantizerPlan) -> list[Family]:
+    return [
+        Family(
+            name, tuple(input_quantizer(module) for module in members), members[0] in quantizers.fused_experts
+        )
+        for name, members in expert_families(quantizers.inputs).items()
+    ]

@@ -1,0 +1,86 @@
+"""What a run observed for the quantizers of a plan, read from the store into tensors."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from stages.quantizers import QuantizerPlan
+from state.errors import InputError
+from state.layout import Role, Site, split_name
+from state.reader import Calibration
+
+KV_ROLES: tuple[Role, Role] = ("k", "v")
+
+
+@dataclass(frozen=True)
+class Observed:
+    """Amax values as the run holds them, NaN where nothing was observed, in float32.
+
+    inputs: input quantizer (`<hub module>.input_quantizer`) → `[]` or `[channels]`. kv: K and V quantizer
+    (`<hub attention>.k_bmm_quantizer`) → the same. weights: hub module → `[]`.
+    """
+
+    inputs: dict[str, Tensor]
+    kv: dict[str, Tensor]
+    weights: dict[str, Tensor]
+
+
+def input_quantizer(module: str) -> str:
+    """Name of a module's input quantizer in hub names, as reports show it."""
+    return f"{module}.input_quantizer"
+
+
+def kv_quantizers(attention: str) -> tuple[str, str]:
+    """Names of the quantizers of K and V."""
+    return f"{attention}.k_bmm_quantizer", f"{attention}.v_bmm_quantizer"
+
+
+def observed(run: Calibration, quantizers: QuantizerPlan) -> Observed:
+    """Statistics of everything the plan quantizes by observation.
+
+    Raises InputError when the run has no such site, or tokens reached one and its amax is NaN all the same.
+    """
+    inputs = {
+        input_quantizer(module): _amax(run, Site(module, "input"))
+        for module in quantizers.inputs
+        if module not in quantizers.constant_inputs
+    }
+    kv = {
+        name: _amax(run, Site(attention, role))
+        for attention, cache in quantizers.kv.items()
+        if cache == "fp8"
+        for name, role in zip(kv_quantizers(attention), KV_ROLES, strict=True)
+    }
+    weights = {module: _tensor(run, "weight_amax", Site(module, "weight")) for module in quantizers.weights}
+    return Observed(inputs, kv, weights)
+
+
+def expert_families(modules: Iterable[str]) -> dict[str, list[str]]:
+    """The experts of each layer by projection: `model.layers.3.mlp.experts.E.up_proj` → modules, in order.
+
+    Modules that belong to no numbered expert are left out.
+    """
+    families: dict[str, dict[int, str]] = {}
+    for module in modules:
+        pattern, layer, expert = split_name(module)
+        if expert is not None:
+            name = pattern if layer is None else pattern.replace(".L.", f".{layer}.", 1)
+            families.setdefault(name, {})[expert] = module
+    return {name: [members[expert] for expert in sorted(members)] for name, members in families.items()}
+
+
+def _amax(run: Calibration, site: Site) -> Tensor:
+    amax = _tensor(run, "amax", site)
+    array, _ = run.layout.locate(site)
+    if bool(amax.isnan().all()) and "tokens" in array.statistics and int(run.statistic("tokens", site)) > 0:
+        raise InputError(
+            f"{site.module}: tokens reached its {site.role} but every amax is NaN, so the activations there "
+            "are not finite; calibrate again in a wider dtype or on other data"
+        )
+    return amax
+
+
+def _tensor(run: Calibration, statistic: str, site: Site) -> Tensor:
+    return torch.tensor(run.statistic(statistic, site), dtype=torch.float32)

@@ -1,0 +1,84 @@
+"""The report of an export: what was written, and every policy that acted with the quantizers it touched."""
+
+import json
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from stages.export.plan import Shard
+from stages.export.unify import PolicyUse
+
+REPORT = "export_report.json"
+
+
+@dataclass(frozen=True)
+class ExportReport:
+    """One export, for `export_report.json` and for the screen.
+
+    formats: how many modules are stored in each format. tensors: output tensors, by dtype. nbytes: of tensor
+    data; source_nbytes: the source's. policies: every use. partial: the run was unfinished.
+    The remaining fields are of this process only and stay out of the file, which holds no times and no paths.
+    """
+
+    recipe: str
+    formats: dict[str, int]
+    tensors: dict[str, int]
+    nbytes: int
+    source_nbytes: int
+    shards: dict[str, int]
+    policies: tuple[PolicyUse, ...]
+    partial: bool
+    already_finished: bool = False
+    shards_written: int = 0
+    shards_kept: int = 0
+    seconds: float = 0.0
+
+    def encode(self) -> bytes:
+        """The bytes of `export_report.json`."""
+        content = {
+            "recipe": self.recipe,
+            "formats": self.formats,
+            "tensors": self.tensors,
+            "bytes": self.nbytes,
+            "source_bytes": self.source_nbytes,
+            "shards": self.shards,
+            "unfinished_run": self.partial,
+            "policies": [
+                {"policy": use.policy, "detail": use.detail, "quantizers": list(use.quantizers)}
+                for use in self.policies
+            ],
+        }
+        return (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode()
+
+    def policy_counts(self) -> dict[str, int]:
+        """Policy (`unseen=layer`) → number of quantizers it touched."""
+        counts: Counter[str] = Counter()
+        for use in self.policies:
+            counts[use.policy] += len(use.quantizers)
+        return dict(sorted(counts.items()))
+
+
+def describe(
+    recipe: str,
+    shards: Sequence[Shard],
+    kv_caches: int,
+    source_nbytes: int,
+    policies: Sequence[PolicyUse],
+    partial: bool,
+) -> ExportReport:
+    """The report of a plan, before anything is written."""
+    units = [unit for shard in shards for unit in shard.units]
+    formats = Counter(unit.format.format for unit in units if unit.format)
+    if kv_caches:
+        formats["fp8 kv cache"] = kv_caches
+    dtypes = Counter(spec.dtype for unit in units for spec in unit.outputs)
+    return ExportReport(
+        recipe=recipe,
+        formats=dict(sorted(formats.items())),
+        tensors=dict(sorted(dtypes.items())),
+        nbytes=sum(shard.nbytes for shard in shards),
+        source_nbytes=source_nbytes,
+        shards={shard.file: shard.nbytes for shard in shards},
+        policies=tuple(policies),
+        partial=partial,
+    )

@@ -1,0 +1,101 @@
+"""Scales on literal values, and against the modelopt functions they restate."""
+
+import math
+import struct
+
+import pytest
+import torch
+
+from stages.export import scales
+from stages.export.unify import DEAD_AMAX
+from stages.quantizers import WeightFormat
+from state.errors import InputError
+
+NVFP4, FP8 = WeightFormat("nvfp4", 16), WeightFormat("fp8", 0)
+Q, K, GATE, UP, DOWN = "layers.0.q", "layers.0.k", "experts.0.gate", "experts.0.up", "experts.0.down"
+
+
+def scalar(value: float) -> torch.Tensor:
+    return torch.tensor(value)
+
+
+def test_powers_of_the_format_maxima() -> None:
+    assert scales.input_scale("nvfp4", scalar(6.0 * 448.0)).item() == 1.0
+    assert scales.input_scale("fp8", scalar(448.0)).item() == 1.0
+    assert scales.weight_scale_2(scalar(2688.0)).item() == 1.0
+    assert scales.fp8_weight_scale(scalar(224.0)).item() == 0.5
+    assert scales.kv_scale(scalar(896.0)).item() == 2.0
+
+
+@pytest.mark.parametrize("amax", [0.1, 3.0, 7.84375, 1e-6, 1234.5])
+def test_bits_are_those_of_modelopts_quantizers(amax: float) -> None:
+    from modelopt.torch.export.quant_utils import get_scaling_factor
+    from modelopt.torch.quantization.config import QuantizerAttributeConfig
+    from modelopt.torch.quantization.nn import TensorQuantizer
+    from modelopt.torch.quantization.qtensor import NVFP4QTensor
+
+    fp8 = TensorQuantizer(QuantizerAttributeConfig(num_bits=(4, 3)))
+    fp8.amax = scalar(amax)
+    blocks = {-1: 16, "type": "dynamic", "scale_bits": (4, 3)}
+    nvfp4 = TensorQuantizer(QuantizerAttributeConfig(num_bits=(2, 1), block_sizes=blocks))
+    nvfp4.amax = scalar(amax)
+    assert scales.input_scale("fp8", scalar(amax)).equal(get_scaling_factor(fp8).squeeze())
+    assert scales.input_scale("nvfp4", scalar(amax)).equal(NVFP4QTensor.get_activation_scaling_factor(nvfp4))
+    second = NVFP4QTensor.get_weights_scaling_factor_2_from_quantizer(nvfp4)
+    assert scales.weight_scale_2(scalar(amax)).equal(second)
+
+
+def share(formats: dict[str, WeightFormat], amax: dict[str, float], **groups: list) -> dict[str, float]:
+    arguments = {"same_input": [], "engine_fused": [], "fused_experts": frozenset(), "dead": "floor"} | groups
+    found = scales.share_weight_amax(
+        {name: scalar(value) for name, value in amax.items()}, formats, **arguments
+    )
+    return {
+        name.removesuffix(".weight_quantizer"): value.item()
+        for name, value in found.amax.items()
+        if value is not None
+    }
+
+
+def test_nvfp4_shares_over_same_input_and_fused_groups() -> None:
+    formats = dict.fromkeys((Q, K, GATE, UP), NVFP4)
+    shared = share(
+        formats, {Q: 1.0, K: 2.0, GATE: 4.0, UP: 3.0}, same_input=[(Q, K)], engine_fused=[(GATE, UP)]
+    )
+    assert shared == {Q: 2.0, K: 2.0, GATE: 4.0, UP: 4.0}
+
+
+def test_fp8_shares_only_within_an_expert_stored_fused() -> None:
+    formats = dict.fromkeys((Q, K, GATE, UP, DOWN), FP8)
+    amax = {Q: 1.0, K: 2.0, GATE: 4.0, UP: 3.0, DOWN: 0.5}
+    groups = [(Q, K), (GATE, UP)]
+    fused = frozenset({GATE, UP, DOWN})
+    assert share(formats, amax, engine_fused=groups, fused_experts=fused) == amax | {UP: 4.0}
+    assert share(formats, amax, same_input=groups, engine_fused=groups) == amax
+
+
+def test_formats_are_never_mixed_in_a_group() -> None:
+    shared = share({Q: NVFP4, K: FP8}, {Q: 1.0, K: 2.0}, same_input=[(Q, K)])
+    assert shared == {Q: 1.0, K: 2.0}
+
+
+def test_a_zero_weight_follows_the_policy_for_dead_values() -> None:
+    assert share({Q: NVFP4}, {Q: 0.0}) == {Q: DEAD_AMAX}
+    with pytest.raises(InputError, match=r"^layers\.0\.q\.weight_quantizer: amax is zero"):
+        share({Q: NVFP4}, {Q: 0.0}, dead="error")
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_weights_that_are_not_finite_are_named(bad: float) -> None:
+    with pytest.raises(InputError, match=rf"^layers\.0\.q: the weight's amax in the run is {bad}"):
+        share({Q: NVFP4, K: NVFP4}, {Q: bad, K: 1.0}, same_input=[(Q, K)])
+
+
+def test_stored_bytes() -> None:
+    assert scales.stored(scalar(0.5)) == struct.pack("<f", 0.5)
+
+
+@pytest.mark.parametrize("bad", [0.0, -1.0, math.nan, math.inf])
+def test_unusable_scales_are_never_stored(bad: float) -> None:
+    with pytest.raises(ValueError, match="not finite and positive"):
+        scales.stored(scalar(bad))

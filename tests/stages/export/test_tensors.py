@@ -1,0 +1,103 @@
+"""The bytes of single output tensors, from a source of three."""
+
+import math
+import struct
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from stages.export.decide import Decisions
+from stages.export.plan import Shard, Unit
+from stages.export.shards import TensorSpec
+from stages.export.tensors import TensorMaker
+from stages.quantizers import WeightFormat
+from state.errors import IdentityMismatch, InputError
+from state.source import Source
+
+WEIGHT = torch.tensor([[6.0, -3.0] * 8])
+NORM = torch.tensor([1.5], dtype=torch.float32)
+NVFP4, FP8 = WeightFormat("nvfp4", 16), WeightFormat("fp8", 0)
+
+
+def maker(
+    folder: Path,
+    weight: torch.Tensor,
+    weight_format: WeightFormat,
+    amax: float,
+    dtype: torch.dtype = torch.bfloat16,
+) -> TensorMaker:
+    """A maker for `up.weight` in one format and `norm.weight` unchanged; the source also holds `extra`."""
+    tensors = {"up.weight": weight, "norm.weight": NORM, "extra": NORM.clone()}
+    save_file(tensors, folder / "model.safetensors")
+    source = Source.open(folder)
+    columns = weight.shape[1]
+    scale = TensorSpec("up.weight_scale", "F32", ()), TensorSpec("up.weight", "F8_E4M3", (1, columns))
+    blocks = (
+        TensorSpec("up.weight_scale", "F8_E4M3", (1, columns // 16)),
+        TensorSpec("up.weight", "U8", (1, columns // 2)),
+    )
+    units = (
+        Unit("up.weight", "up.weight", weight_format, scale if weight_format == FP8 else blocks),
+        Unit("norm.weight", "norm.weight", None, (TensorSpec("norm.weight", "F32", (1,)),)),
+    )
+    step = {FP8: ("up.weight_scale", 448.0), NVFP4: ("up.weight_scale_2", 2688.0)}[weight_format]
+    decisions = Decisions(
+        {step[0]: torch.tensor(amax / step[1])}, {"up": torch.tensor(amax)}, frozenset(), ()
+    )
+    return TensorMaker(source, source.digests(1), decisions, Shard("model.safetensors", units), dtype)
+
+
+def made(maker: TensorMaker, name: str) -> bytes:
+    return bytes(
+        maker.make(
+            next(spec for unit in maker.unit_of.values() for spec in unit.outputs if spec.name == name)
+        )
+    )
+
+
+def test_unquantized_bytes_pass_through(tmp_path: Path) -> None:
+    assert made(maker(tmp_path, WEIGHT, NVFP4, 6.0), "norm.weight") == struct.pack("<f", 1.5)
+
+
+def test_a_packed_weight_and_its_block_scales_are_made_together(tmp_path: Path) -> None:
+    one = maker(tmp_path, WEIGHT, NVFP4, 6.0)
+    assert made(one, "up.weight") == bytes([0x7 | 0xD << 4] * 8)
+    assert set(one.pending) == {"up.weight_scale"}
+    assert made(one, "up.weight_scale") == bytes([0x7E])  # 448 in e4m3
+    assert one.pending == {}
+
+
+def test_fp8_weight_and_scale(tmp_path: Path) -> None:
+    one = maker(tmp_path, WEIGHT, FP8, 6.0)
+    assert made(one, "up.weight") == bytes([0x7E, 0xF6] * 8)
+    assert made(one, "up.weight_scale") == struct.pack("<f", 6.0 / 448.0)
+
+
+def test_the_weight_is_cast_to_the_dtype_the_model_computes_in(tmp_path: Path) -> None:
+    # 1 + 2^-9 is 1 in bfloat16: the recorded amax of 1 covers it there, and only there.
+    weight = torch.full((1, 16), 1 + 2**-9)
+    assert made(maker(tmp_path, weight, FP8, 1.0), "up.weight") == bytes([0x7E] * 16)
+    with pytest.raises(InputError, match=r"up\.weight reaches 1\.00195 but the run's weight amax is 1"):
+        made(maker(tmp_path, weight, FP8, 1.0, torch.float32), "up.weight")
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def test_weights_that_are_not_finite_are_refused(tmp_path: Path, bad: float) -> None:
+    weight = WEIGHT.clone()
+    weight[0, 3] = bad
+    with pytest.raises(InputError, match=r"^up\.weight holds values that are not finite"):
+        made(maker(tmp_path, weight, NVFP4, 6.0), "up.weight")
+
+
+@pytest.mark.parametrize("name", ["up.weight", "norm.weight"])
+def test_tensors_of_another_model_are_refused_all_at_once(tmp_path: Path, name: str) -> None:
+    one = maker(tmp_path, WEIGHT, NVFP4, 6.0)
+    one.digests = {**one.digests, name: "F32[1] xxh3:0", "extra": "F32[1] xxh3:1"}
+    with pytest.raises(IdentityMismatch) as caught:
+        made(one, name)
+    assert {difference.field for difference in caught.value.differences} == {
+        f"tensors.{name}",
+        "tensors.extra",
+    }
