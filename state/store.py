@@ -32,7 +32,17 @@ from state.record import RunRecord
 from state.recovery import Found, collect, find_head, older_heads, published, retained
 from state.update import Generation, Solution, Update, check_update, put_update
 
-__all__ = ["Cursor", "Generation", "Head", "RunRecord", "RunWriter", "Solution", "Update", "published"]
+__all__ = [
+    "Claim",
+    "Cursor",
+    "Generation",
+    "Head",
+    "RunRecord",
+    "RunWriter",
+    "Solution",
+    "Update",
+    "published",
+]
 
 LOCK = ".lock"
 RECORD = "run.json"
@@ -233,8 +243,9 @@ class Claim:
         """Make the run, with its tokens and no statistics yet; see `RunWriter.create`."""
         if tokens.dtype != np.int32 or tokens.ndim != 2 or tokens_digest(tokens) != record.identity.tokens:
             raise ValueError("tokens must be int32 [windows, seq] and those of record.identity")
-        for name in set(self.disk.list(self.path)) - {LOCK}:
-            self.disk.delete(self.path / name)
+        for name in self.disk.list(self.path):
+            if name != LOCK:
+                self.disk.delete(self.path / name)
         writer = RunWriter(self.path, self.disk, record, self._held.pop_all())
         self._made_folder = False
         with _closed_on_error(writer):
@@ -252,7 +263,7 @@ class Claim:
                     chunks=(min(windows_per_chunk, max(tokens.shape[0], 1)), tokens.shape[1]),
                 )
                 writer._publish(objects, Cursor(), finished=False, generation=None)
-        writer.event("created")
+            writer.event("created")
         return writer
 
     def __exit__(

@@ -2,6 +2,7 @@
 
 import os
 import random
+from collections.abc import Iterable
 from pathlib import Path
 
 from state.durable import Bytes, Disk
@@ -63,29 +64,18 @@ class ForgetfulDisk(CrashingDisk):
     def __init__(self, root: Path, at: int) -> None:
         super().__init__(at)
         self.root = root
-        self.contents: dict[Path, bytes] = {}
+        self.synced: dict[int, bytes] = {}
         self.entries: dict[Path, dict[str, bytes | None]] = {}
 
-    def put(self, path: Path, data: Bytes) -> None:
-        super().put(path, data)
-        self.contents[path] = bytes(data)
+    def _write(self, path: Path, data: Bytes, flag: int) -> None:
+        super()._write(path, data, flag)
+        self.synced[path.stat().st_ino] = bytes(data)
 
-    def publish(self, path: Path, data: Bytes) -> None:
-        # Recorded before the directory is synced, which is what makes it count.
-        before = self.contents.get(path)
-        self.contents[path] = bytes(data)
-        try:
-            super().publish(path, data)
-        except Crash:
-            if before is not None:
-                self.contents[path] = before
-            raise
-
-    def sync(self, directories: "list[Path]") -> None:  # type: ignore[override]
+    def sync(self, directories: Iterable[Path]) -> None:
         for directory in directories:
             super().sync([directory])
             self.entries[directory] = {
-                entry.name: None if entry.is_dir() else self.contents.get(entry, b"")
+                entry.name: None if entry.is_dir() else self.synced.get(entry.stat().st_ino, b"")
                 for entry in directory.iterdir()
             }
 

@@ -1,13 +1,15 @@
 """The lock of a run that does not exist yet."""
 
+import errno
 from pathlib import Path
 
 import pytest
 
 from state.durable import Disk
-from state.errors import InputError, RunBusy
+from state.errors import InputError, OutOfSpace, RunBusy
 from state.store import Claim, RunWriter, published
 from tests.state import driver
+from tests.state.faults import CountingDisk, FailingDisk
 
 
 def test_a_claim_keeps_others_out(tmp_path: Path) -> None:
@@ -37,6 +39,15 @@ def test_the_lock_goes_on_to_the_writer(tmp_path: Path) -> None:
         writer = claim.create(driver.RECORD, driver.TOKENS)
     with writer, pytest.raises(RunBusy):
         RunWriter.resume(run)
+    RunWriter.resume(run).close()
+
+
+def test_a_creation_that_fails_at_its_last_step_frees_the_lock(tmp_path: Path, unsynced: None) -> None:
+    steps = CountingDisk()
+    RunWriter.create(tmp_path / "count", driver.RECORD, driver.TOKENS, steps).close()
+    run = tmp_path / "run"
+    with pytest.raises(OutOfSpace):
+        RunWriter.create(run, driver.RECORD, driver.TOKENS, FailingDisk(len(steps.steps) - 1, errno.ENOSPC))
     RunWriter.resume(run).close()
 
 

@@ -163,21 +163,25 @@ def test_a_newer_format_is_told_apart_from_damage(finished: Path) -> None:
 class RacingDisk(Disk):
     """Lets the writer commit just before the reader reads an object for the first time."""
 
-    def __init__(self, writer: RunWriter, commits: int) -> None:
+    def __init__(self, writer: RunWriter, updates: list[Update]) -> None:
         self.writer = writer
-        self.commits = commits
+        self.updates = updates
 
     def read(self, path: Path) -> bytes:
-        while self.commits and "heads" in path.parts:
-            self.commits -= 1
-            self.writer.commit(Update(Cursor(), False, driver.observed(0)))
+        while self.updates and "heads" in path.parts:
+            self.writer.commit(self.updates.pop())
         return super().read(path)
 
 
-def test_a_reader_that_was_overtaken_rereads_head(halfway: Path) -> None:
+# Three new generations leave nothing that the reader knew; a commit without statistics leaves the older one.
+@pytest.mark.parametrize(
+    "updates", [3 * [Update(Cursor(), False, driver.observed(0))], [Update(Cursor(), True)]]
+)
+def test_a_reader_that_was_overtaken_rereads_head(halfway: Path, updates: list[Update]) -> None:
+    newest = 2 + len(updates)
     with RunWriter.resume(halfway) as writer:
-        reader = state.open(halfway, disk=RacingDisk(writer, commits=3))
-        assert (reader.head.number, reader.notes) == (5, ())
+        reader = state.open(halfway, disk=RacingDisk(writer, list(updates)))
+        assert (reader.head.number, reader.notes) == (newest, ())
 
 
 def test_an_open_reader_whose_commit_was_collected_says_so(halfway: Path) -> None:

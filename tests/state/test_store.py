@@ -1,3 +1,4 @@
+import errno
 import json
 import os
 import shutil
@@ -11,11 +12,12 @@ import zarr
 
 import state
 from state.durable import Disk
-from state.errors import DamagedStore, InputError, RunBusy
+from state.errors import DamagedStore, InputError, OutOfSpace, RunBusy
 from state.head import FORMAT
 from state.identity import digest, digest_json
 from state.store import Cursor, Generation, RunWriter, Solution, Update, published
 from tests.state import driver
+from tests.state.faults import FailingDisk
 
 GATE = "model.layers.L.mlp.experts.E.gate_proj.input"
 
@@ -239,6 +241,11 @@ def test_a_closed_or_failed_writer_commits_no_more(halfway: Path) -> None:
     writer.close()
     with pytest.raises(RuntimeError, match="resume the run"):
         writer.commit(Update(Cursor(), False))
+    with RunWriter.resume(halfway, FailingDisk(30, errno.ENOSPC)) as writer:
+        with pytest.raises(OutOfSpace):
+            writer.commit(Update(Cursor(), False, driver.observed(0)))
+        with pytest.raises(RuntimeError, match="resume the run"):
+            writer.commit(Update(Cursor(), False))
 
 
 def test_moving_and_touching_a_run_changes_nothing(halfway: Path, tmp_path: Path) -> None:
