@@ -1,0 +1,5 @@
+"""`python -m pipeline` is `holdfast`."""
+
+from pipeline.cli import main
+
+main()

@@ -1,0 +1,49 @@
+"""Commands to type next, written the way the person is working: through make, or with `holdfast` itself."""
+
+import os
+import shlex
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from stages.settings import CalibrateSettings
+
+MAKE_VARIABLES = ("model", "data", "run", "recipe", "samples", "seq", "batch", "device")
+POSITIONAL = ("model", "data", "run")
+
+
+def calibrate_command(settings: Mapping[str, Any]) -> str:
+    """The command that made a run, from its record; whatever has its default value is left out."""
+    given = {
+        name: settings[name]
+        for name, field in CalibrateSettings.model_fields.items()
+        if name in settings and settings[name] != field.default
+    }
+    if not _through_make():
+        positions = [str(given[name]) for name in POSITIONAL if name in given]
+        options = _options({name: value for name, value in given.items() if name not in POSITIONAL})
+        return shlex.join(["holdfast", "calibrate", *positions, *options])
+    variables = [f"{name.upper()}={given[name]}" for name in MAKE_VARIABLES if name in given]
+    if options := _options({name: value for name, value in given.items() if name not in MAKE_VARIABLES}):
+        variables.append(f"ARGS={shlex.join(options)}")
+    return shlex.join(["make", "calibrate", *variables])
+
+
+def export_command(run: str, recipe: str) -> str:
+    """The command that exports a run, into a folder named after run and recipe."""
+    out = f"exports/{Path(run).name}-{Path(recipe).name}"
+    if _through_make():
+        return shlex.join(["make", "export", f"RUN={run}", f"OUT={out}"])
+    return shlex.join(["holdfast", "export", run, out])
+
+
+def _options(given: Mapping[str, Any]) -> list[str]:
+    options = []
+    for name, value in given.items():
+        flag = "--" + name.replace("_", "-")
+        options += [flag] if value is True else [flag, str(value)]
+    return options
+
+
+def _through_make() -> bool:
+    return "MAKELEVEL" in os.environ

@@ -1,0 +1,38 @@
+"""The short tables at the end of a command."""
+
+from pathlib import Path
+
+from pipeline.commands import export_command
+from pipeline.progress import duration, quantity
+from pipeline.tables import coverage_rows, print_rows
+from stages.calibrate.summary import Summary
+from stages.export.report import REPORT, ExportReport
+
+
+def print_calibration(summary: Summary) -> None:
+    """What was measured, what the text did not reach, where it is, what to type next."""
+    rows = [
+        ("run", f"{summary.run}{' (was finished before)' if summary.already_finished else ''}"),
+        *coverage_rows(summary.coverage),
+    ]
+    if not summary.already_finished:
+        rows.append(("took", f"{duration(summary.seconds)} for {summary.tokens:,} tokens"))
+    rows.append(("next", export_command(str(summary.run), summary.recipe)))
+    print_rows(rows)
+
+
+def print_export(report: ExportReport, out: Path) -> None:
+    """What was written and which policies acted."""
+    rows = [
+        ("checkpoint", f"{out}{' (was finished before)' if report.already_finished else ''}"),
+        ("recipe", report.recipe),
+        *((f"stored as {name}", f"{count:,}") for name, count in report.formats.items()),
+        ("size", f"{quantity(report.nbytes, 'bytes')} of {quantity(report.source_nbytes, 'bytes')} before"),
+        ("shards", f"{report.shards_written} written, {report.shards_kept} kept"),
+    ]
+    if report.partial:
+        rows.append(("partial", "the run is unfinished"))
+    if acted := report.policy_counts():
+        rows.append(("policies", f"{', '.join(acted)}: see {out / REPORT}"))
+    rows.append(("took", duration(report.seconds)))
+    print_rows(rows)

@@ -1,0 +1,45 @@
+"""Tables of two columns, and the rows that several commands show."""
+
+from collections.abc import Sequence
+
+from rich.console import Console
+from rich.table import Table
+
+from stages.calibrate.summary import FEW_TOKENS, Coverage
+
+NAMED = 3  # examples given of what is listed in full elsewhere
+
+Rows = Sequence[tuple[str, str]]
+
+
+def coverage_rows(coverage: Coverage) -> Rows:
+    """What was observed, and what the text hardly reached."""
+    rows = [("sites", f"{coverage.sites:,}")]
+    if coverage.experts:
+        rows += [
+            ("experts", f"{coverage.experts:,}"),
+            ("without tokens", examples(coverage.unseen)),
+            (f"under {FEW_TOKENS} tokens", examples(coverage.few)),
+        ]
+    rows.append(("dead channels", f"{coverage.dead_channels:,}"))
+    if coverage.non_finite:
+        rows.append(("not finite", examples(coverage.non_finite)))
+    return rows
+
+
+def examples(names: Sequence[str]) -> str:
+    """`3: a, b, c`, `120: a, b, c, ...` or `0`."""
+    if not names:
+        return "0"
+    more = ", ..." if len(names) > NAMED else ""
+    return f"{len(names):,}: {', '.join(names[:NAMED])}{more}"
+
+
+def print_rows(rows: Rows) -> None:
+    """Two columns on standard output."""
+    table = Table(show_header=False, box=None, pad_edge=False)
+    table.add_column(style="bold", no_wrap=True)
+    table.add_column(overflow="fold")
+    for name, value in rows:
+        table.add_row(name, value)
+    Console(highlight=False, markup=False, soft_wrap=True).print(table)

@@ -1,0 +1,101 @@
+"""The command line: its help, its settings, and how it ends. No stage does any work here."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+from pydantic import BaseModel
+from typer.main import get_command
+from typer.testing import CliRunner
+
+from pipeline.cli import app
+from stages.settings import CalibrateSettings, ExportSettings
+
+runner = CliRunner(env={"COLUMNS": "110", "NO_COLOR": "1", "TERM": "dumb"})
+
+
+def plain(text: str) -> str:
+    """Help text without the line breaks and frames of its layout."""
+    return re.sub(r"[\s│]+", " ", text)
+
+
+@pytest.mark.parametrize("command", [[], ["calibrate"], ["export"], ["status"]], ids=str)
+def test_help_teaches_the_exit_codes(command: list[str]) -> None:
+    shown = runner.invoke(app, [*command, "--help"])
+    assert shown.exit_code == 0
+    for code in (
+        "0 done",
+        "2 something given",
+        "3 stored work",
+        "4 a stored object is damaged",
+        "75 stopped",
+    ):
+        assert code in plain(shown.output)
+
+
+def test_help_has_examples_and_policies() -> None:
+    calibrate = plain(runner.invoke(app, ["calibrate", "--help"]).output)
+    assert "holdfast calibrate Qwen/Qwen3-30B-A3B chats.jsonl runs/qwen3" in calibrate
+    export = plain(runner.invoke(app, ["export", "--help"]).output)
+    assert "holdfast export runs/qwen3 exports/qwen3-fp8 --recipe fp8" in export
+    for choices in ("layer|weights-only|error", "max|error", "floor|error", "layer|expert"):
+        assert choices in export
+
+
+def test_nothing_typed_shows_help() -> None:
+    shown = runner.invoke(app, [])
+    assert "calibrate" in shown.output
+    assert "export" in shown.output
+
+
+@pytest.mark.parametrize(("name", "settings"), [("calibrate", CalibrateSettings), ("export", ExportSettings)])
+def test_every_setting_is_an_option_with_the_same_default(name: str, settings: type[BaseModel]) -> None:
+    parameters = {parameter.name: parameter for parameter in get_command(app).commands[name].params}  # type: ignore[attr-defined]
+    assert set(parameters) - {"debug", "help"} == set(settings.model_fields)
+    for field, declared in settings.model_fields.items():
+        if not declared.is_required():
+            assert parameters[field].default == declared.default, field
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--samples", "0"], "samples = 0: input should be greater than 0"),
+        (["--seq", "-5"], "seq = -5: input should be greater than 0"),
+        (["--commit-every", "0"], "commit-every = 0.0: input should be greater than 0"),
+    ],
+)
+def test_impossible_settings_exit_2(arguments: list[str], message: str) -> None:
+    ended = runner.invoke(app, ["calibrate", "model", "data", "run", *arguments])
+    assert (ended.exit_code, ended.stderr) == (2, f"holdfast: {message}\n")
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["calibrate", "model"],
+        ["export", "run", "out", "--unseen", "zero"],
+        ["calibrate", "m", "d", "r", "--batch", "x"],
+    ],
+    ids=str,
+)
+def test_a_mistyped_command_exits_2(arguments: list[str]) -> None:
+    assert runner.invoke(app, arguments).exit_code == 2
+
+
+def test_status_of_no_run_exits_2_in_one_line(tmp_path: Path) -> None:
+    ended = runner.invoke(app, ["status", str(tmp_path / "none")])
+    assert ended.exit_code == 2
+    assert ended.stderr.startswith(f"holdfast: {tmp_path / 'none'} is not a run")
+    assert len(ended.stderr.splitlines()) == 1
+    assert ended.stdout == ""
+
+
+def test_status_of_a_damaged_run_exits_4(tmp_path: Path) -> None:
+    (tmp_path / "heads").mkdir()
+    (tmp_path / "heads" / "000001.json").write_text(json.dumps({"number": 1}))
+    (tmp_path / "HEAD").write_text("heads/000001.json xxh3:0\n")
+    ended = runner.invoke(app, ["status", str(tmp_path)])
+    assert ended.exit_code == 4
+    assert "000001.json" in ended.stderr
