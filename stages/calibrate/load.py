@@ -35,8 +35,9 @@ def load_model(
     Raises InputError when a tensor is missing or has another shape than the configuration says, or memory
     runs out.
     """
-    verbosity = logging.get_verbosity()
+    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error()
+    logging.disable_progress_bar()
     try:
         model, info = AutoModelForCausalLM.from_pretrained(
             folder,
@@ -49,6 +50,8 @@ def load_model(
         raise InputError(f"{folder} can't be loaded: {_first_lines(error)}") from error
     finally:
         logging.set_verbosity(verbosity)
+        if bars:
+            logging.enable_progress_bar()
     if missing := sorted(info["missing_keys"]):
         raise InputError(
             f"{folder} lacks {len(missing)} tensors its config.json asks for, such as {missing[0]}; "
