@@ -33,7 +33,8 @@ def main() -> None:
     arguments = _arguments()
     device = pick_device(arguments.device)
     console = Console(width=132, highlight=False)
-    console.print(header(device))
+    begun = header(device)
+    console.print(begun)
     figures: dict[str, dict[str, float]] = {}
     with tempfile.TemporaryDirectory(prefix="holdfast-bench-", dir=arguments.scratch) as scratch:
         for section in sections(arguments, Path(scratch), device):
@@ -42,7 +43,7 @@ def main() -> None:
             figures[section.title] = dict(section.figures)
     console.print(f"\n{load()}")
     if arguments.json is not None:
-        content = {"header": header(device), "parts": figures}
+        content = {"header": begun, "footer": load(), "parts": figures}
         arguments.json.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
 
 

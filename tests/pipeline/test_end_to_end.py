@@ -1,6 +1,7 @@
 """The road of a person who types the two commands, and is interrupted."""
 
 import os
+import re
 import signal
 import threading
 import time
@@ -146,3 +147,14 @@ def test_a_missing_model_or_text_exits_2(demo: Path, tmp_path: Path) -> None:
     refused = runner.invoke(app, ["calibrate", str(demo / "model"), missing, str(tmp_path / "run")])
     assert (refused.exit_code, "none.jsonl: no such file" in refused.stderr) == (2, True)
     assert not (tmp_path / "run").exists()
+
+
+def test_9_the_readme_s_programs_run(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    readme = (Path(__file__).parent.parent.parent / "README.md").read_text(encoding="utf-8")
+    programs = re.findall(r"```python\n(.*?)```", readme, flags=re.DOTALL)
+    assert len(programs) == 2
+    for program in programs:
+        exec(program.replace("runs/demo", str(folder / "run")), {})
+    shown = capsys.readouterr().out.splitlines()
+    assert shown[0] == "('layer', 'expert', 'channel') (4, 32, 64)"
+    assert float(shown[1]) > 0
