@@ -2,7 +2,7 @@
 
 import os
 import re
-from typing import Literal
+from typing import Literal, cast
 
 import torch
 
@@ -21,38 +21,35 @@ USABLE = 0.8  # of the memory that is free: the forward needs some too
 def next_schedule(settings: CalibrateSettings, work: Prepared, head: Head) -> Name | None:
     """The schedule of the pass that the run needs next, or None where it has all that was asked for.
 
-    Statistics under way go on as they were begun. A solver's pass is always layerwise, and where a run begins with a
-    solver the statistics come from the same pass.
+    Statistics under way go on as they were begun. A solver's pass is always layerwise, and where a run begins
+    with a solver the statistics come from the same pass.
     Raises InputError where --schedule contradicts what the run needs.
     """
-    solver = work.solver is not None and unsolved_layers(work, work.solver, head)
-    if head.finished and not solver:
+    unsolved = work.solver is not None and unsolved_layers(work, work.solver, head)
+    if head.finished and not unsolved:
         return None
-    begun: Name | None = None
-    if not head.finished and head.cursor.batch > 0:
-        begun = "whole"
-    elif not head.finished and head.cursor.layer > 0:
-        begun = "layerwise"
-    if begun is not None and settings.schedule not in ("auto", begun):
+    if work.probe is None and (unsolved or "layerwise" in (settings.schedule, _begun(head))):
         raise InputError(
-            f"{settings.run} was begun with the {begun} schedule; leave --schedule {settings.schedule} out to go on"
+            f"the layers of {work.folder.name} can't be loaded one by one: its sites show only in loaded "
+            "weights. Recipes without a solver work with --schedule whole"
         )
     if head.finished:
-        name: Name = "layerwise"
-    elif begun is not None:
-        name = begun
-    elif settings.schedule != "auto":
-        name = settings.schedule
-    else:
-        name = "layerwise" if solver or not fits(work) else "whole"
-    if name == "layerwise" and work.probe is None:
-        if head.finished or settings.schedule == "layerwise" or begun == "layerwise":
-            raise InputError(
-                f"{work.folder.name} needs loaded weights to find its sites, so its layers can't be loaded one by one; "
-                "recipes without a solver work with --schedule whole"
-            )
-        return "whole"
-    return name
+        return "layerwise"
+    begun = _begun(head)
+    if begun is not None and settings.schedule not in ("auto", begun):
+        raise InputError(
+            f"{settings.run} was begun with the {begun} schedule; leave --schedule {settings.schedule} out"
+        )
+    if begun is not None or settings.schedule != "auto":
+        return begun or cast(Name, settings.schedule)
+    return "layerwise" if unsolved or (work.probe is not None and not fits(work)) else "whole"
+
+
+def _begun(head: Head) -> Name | None:
+    """The schedule under which unfinished statistics were begun."""
+    if head.finished or (head.cursor.batch, head.cursor.layer) == (0, 0):
+        return None
+    return "whole" if head.cursor.batch else "layerwise"
 
 
 def unsolved_layers(work: Prepared, solver: Solver, head: Head) -> set[int]:

@@ -1,5 +1,5 @@
-"""The layerwise schedule: one decoder layer on the device, all windows through it, its statistics and solutions, one
-commit, the next layer.
+"""The layerwise schedule: one decoder layer on the device, all windows through it, its statistics and
+solutions, one commit, the next layer.
 """
 
 import json
@@ -52,7 +52,8 @@ class LayerByLayer:
     Args:
         statistics: added to from layer `cursor.layer` on, unless they are finished already.
         solver: None for statistics alone.
-        limits: memory for hidden states; what is larger goes to files in the run, which a crash leaves to go on from.
+        limits: memory for hidden states; what is larger goes to files in the run, which a crash leaves to go
+        on from.
     """
 
     def __init__(

@@ -10,9 +10,11 @@ Place = tuple[int, ...]
 
 
 class Moments:
-    """H of every wanted site that is observed, float32: `[channels, channels]`, per expert where there are experts.
+    """H of every wanted site that is observed, float32: `[channels, channels]`, per expert where there are
+    experts.
 
-    Made anew for each layer: H of a whole model would be larger than the model. Takes rows as `Accumulators` does.
+    Made anew for each layer: H of a whole model would be larger than the model. Takes rows as `Accumulators`
+    does.
 
     Args:
         wanted: keys of the arrays (`SiteArray.key`) whose second moment a solver needs.
@@ -42,7 +44,9 @@ class Moments:
             start = end
 
     def of(self, array: SiteArray) -> torch.Tensor:
-        """H of an array's sites in this layer, `[experts or 1, channels, channels]`; zeros where nothing was seen."""
+        """H of an array's sites in this layer, `[experts or 1, channels, channels]`; zeros where nothing was
+        seen.
+        """
         total = self._sum(array)
         return total if array.experts is not None else total[None]
 

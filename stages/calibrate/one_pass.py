@@ -153,8 +153,8 @@ class Pass:
         if stored.layout != layout:
             differences = other_sites(stored.layout, layout)
             raise IdentityMismatch(
-                f"{self.settings.run} holds other sites than are found in the model now; calibrate into another "
-                "RUN:\n" + "\n".join(f"  {difference}" for difference in differences),
+                f"{self.settings.run} holds other sites than the model has now; calibrate into another RUN:\n"
+                + "\n".join(f"  {difference}" for difference in differences),
                 differences,
             )
         self.writer.event("resumed", cursor=self.writer.head.cursor.model_dump())

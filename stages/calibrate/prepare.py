@@ -29,8 +29,8 @@ from state.store import RunWriter
 
 @dataclass(frozen=True)
 class Prepared:
-    """What a calibration works from. probe: None where it needs loaded weights. solver: None where the recipe asks
-    for none, or for one that needs no pass.
+    """What a calibration works from. probe: None where it needs loaded weights. solver: None where the recipe
+    asks for none, or for one that needs no pass.
     """
 
     folder: Path

@@ -35,7 +35,7 @@ class Schedule(Protocol):
     ) -> None: ...
 
     def total(self) -> int:
-        """How many batches pass from the start to the end, each layer's counted where layers go one by one."""
+        """How many batches pass from the start to the end; layer by layer, each layer's."""
 
     def done(self, cursor: Cursor) -> int:
         """How many of them lie before a cursor."""

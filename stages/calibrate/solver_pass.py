@@ -1,4 +1,6 @@
-"""Brings a solver and a layer together: what it needs to know of the layer's weights, statistics and places to fold."""
+"""Brings a solver and a layer together: what it needs to know of the layer's weights, statistics and places
+to fold.
+"""
 
 from collections.abc import Container
 from typing import Any

@@ -63,8 +63,8 @@ class WholeModel:
 
 
 def forward(model: PreTrainedModel, windows: torch.Tensor) -> None:
-    """One forward of [batch, seq] token ids, without logits and without a KV cache (modelopt's o_proj amax is 0
-    with one).
+    """One forward of [batch, seq] token ids, without logits and without a KV cache (modelopt's o_proj amax is
+    0 with one).
     """
     with torch.inference_mode(), without_logits(model):
         model(input_ids=windows.to(model.device), use_cache=False)

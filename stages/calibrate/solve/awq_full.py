@@ -17,8 +17,8 @@ def clip_scaled(
     """The clip search after AWQ lite has chosen its scales.
 
     Args:
-        weights: `[E, N, K]`, with everything folded into their rows that will be (up for down, v for o), and not yet
-            multiplied by `scale`.
+        weights: `[E, N, K]`, with everything folded into their rows that will be (up for down, v for o), and
+            not yet multiplied by `scale`.
         second_moment: f32 `[E, K, K]` of the unscaled inputs.
         scale: f32 `[E, K]` or `[K]`, from `awq_lite`.
         per_block: one ratio per block scale; False: modelopt's choice for NVFP4, one per matrix.

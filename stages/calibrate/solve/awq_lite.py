@@ -1,12 +1,12 @@
 """AWQ lite: per-input-channel scales s for which Q(W·s)/s loses least, found on a grid of exponents alpha.
 
-Candidates and their formula are modelopt 0.47's (`model_calib.awq_lite`). Its loss, the mean squared error of the
-linear's output over all tokens, is tr(ΔW H ΔWᵀ) / (tokens * out_features) here, with H = Σ xxᵀ collected once: the
-weight is quantized once per alpha, and no second forward pass is made.
+Candidates and their formula are modelopt 0.47's (`model_calib.awq_lite`). Its loss, the mean squared error of
+the linear's output over all tokens, is tr(ΔW H ΔWᵀ) / (tokens * out_features) here, with H = Σ xxᵀ collected
+once: the weight is quantized once per alpha, and no second forward pass is made.
 
-The search runs under the constraints of folding: linears that must share one scale vector are searched together, as
-`Member`s; channels that must share one scale are `ties`; a vector that a norm must be able to hold is snapped
-(`snapping`) before it is judged.
+The search runs under the constraints of folding: linears that must share one scale vector are searched
+together, as `Member`s; channels that must share one scale are `ties`; a vector that a norm must be able to
+hold is snapped before it is judged.
 """
 
 from collections.abc import Callable, Sequence
@@ -16,19 +16,17 @@ import torch
 from torch import Tensor
 
 from stages.calibrate.solve.formats import Format, round_to_nearest
-from stages.calibrate.solve.moments import Site, squared_error
+from stages.calibrate.solve.moments import Site, expert_chunks, squared_error
 
 ALPHAS = tuple(round(0.1 * i, 1) for i in range(11))
 SMALLEST_SCALE, LARGEST_SCALE = 1e-4, 1e4
 TINY = torch.finfo(torch.float32).tiny
-# Weights of this many elements are quantized at a time: about eight f32 tensors of that size are alive.
-CHUNK_ELEMENTS = 2**27
 
 
 @dataclass(frozen=True)
 class Member:
-    """Linears fed by one site: weights `[E, N, K]`. q/k/v, or an expert's gate and up, are concatenated along N:
-    they are then quantized as one fusion group, which shares NVFP4's global scale."""
+    """Linears fed by one site: weights `[E, N, K]`. q/k/v, or an expert's gate and up, are concatenated along
+    N: they are then quantized as one fusion group, which shares NVFP4's global scale."""
 
     weights: Tensor
     site: Site
@@ -36,9 +34,12 @@ class Member:
 
 @dataclass(frozen=True)
 class Solution:
-    """scale: f32 `[K]` (shared by all members) or `[E, K]`; the weights become Q(W * scale), the input x / scale.
-    alpha: f32, the exponent chosen, `[]` or `[E]`; NaN where there was no token to judge by and scale is 1.
-    losses: f32 `[11]` or `[E, 11]`, the mean squared output error of each alpha."""
+    """The weights become Q(W * scale), the input x / scale.
+
+    scale: f32 `[K]`, shared by all members, or `[E, K]`.
+    alpha: f32 `[]` or `[E]`, the exponent chosen; NaN where no token was there to judge by and scale is 1.
+    losses: f32 `[11]` or `[E, 11]`, the mean squared output error of each alpha.
+    """
 
     scale: Tensor
     alpha: Tensor
@@ -46,7 +47,7 @@ class Solution:
 
 
 def weight_share(weights: Tensor, block_size: int | None) -> Tensor:
-    """How large each weight is within its block, averaged over the rows: `[E, N, K]` → f32 `[E, K]` in 0..1."""
+    """How large each weight is within its block (0 to 1), averaged over rows: `[E, N, K]` → f32 `[E, K]`."""
     size = block_size or weights.shape[-1]
     # A partial last block is a block of its own: padding it with zeros, as modelopt does, changes no maximum.
     parts = [part.abs() for part in weights.split(size, dim=-1)]
@@ -79,31 +80,25 @@ def search(
 
     Args:
         members: everything that reads the norm's output through a quantized weight; K is the same for all.
-        ties: int64 `[K]`; channels with the same number share a scale (v folded into o: the channels of the query
-            heads that read one KV head).
-        snap: makes a scale vector exactly foldable, see `snapping`.
+        ties: int64 `[K]`; channels with the same number share a scale (v folded into o: the channels of the
+            query heads that read one KV head).
+        snap: makes a scale vector exactly foldable.
     """
-    tokens = sum(member.site.tokens.sum() for member in members)
-    outputs = sum(member.site.tokens.sum() * member.weights.shape[1] for member in members)
-    activation = sum(member.site.abs_sum.sum(0) for member in members) / tokens.clamp(min=1)
-    rows = sum(member.weights.shape[0] * member.weights.shape[1] for member in members)
-    share = (
-        sum(
-            weight_share(member.weights, format.block_size).sum(0) * member.weights.shape[1]
-            for member in members
-        )
-        / rows
-    )
+    tokens = torch.stack([member.site.tokens.sum() for member in members])
+    rows = torch.tensor([member.weights.shape[1] for member in members], device=tokens.device)
+    abs_sum = torch.stack([member.site.abs_sum.sum(0) for member in members]).sum(0)
+    activation = abs_sum / tokens.sum().clamp(min=1)
+    # The mean over all rows of all members, as if they were one weight.
+    shares = [weight_share(member.weights, format.block_size) for member in members]
+    every = torch.cat(shares)
+    of_row = torch.cat([count.expand(len(share)) for count, share in zip(rows, shares, strict=True)])
+    share = (every * of_row[:, None]).sum(0) / of_row.sum()
     scales = torch.stack([scale_for(alpha, tie(activation, ties), tie(share, ties)) for alpha in ALPHAS])
     if snap is not None:
         scales = torch.stack([snap(scale) for scale in scales])
-    losses = torch.stack(
-        [
-            sum(errors(member, scale.expand(len(member.weights), -1), format).sum() for member in members)
-            for scale in scales
-        ]
-    ) / outputs.clamp(min=1)
-    return choose(losses[None], scales[None], tokens[None], squeeze=True)
+    totals = torch.stack([sum_errors(members, scale, format) for scale in scales])
+    losses = totals / (tokens * rows).sum().clamp(min=1)
+    return choose(losses[None], scales[None], tokens.sum()[None], squeeze=True)
 
 
 def search_each(member: Member, format: Format) -> Solution:
@@ -115,12 +110,17 @@ def search_each(member: Member, format: Format) -> Solution:
     return choose(losses, scales, member.site.tokens, squeeze=False)
 
 
+def sum_errors(members: Sequence[Member], scale: Tensor, format: Format) -> Tensor:
+    """The error of all members under one scale `[K]`: f32 `[]`."""
+    return torch.cat(
+        [errors(member, scale.expand(len(member.weights), -1), format) for member in members]
+    ).sum()
+
+
 def errors(member: Member, scale: Tensor, format: Format) -> Tensor:
     """Σ ‖(Q(W s)/s - W) x‖² over the site's tokens: scale `[E, K]` → f32 `[E]`."""
-    per_expert = member.weights[0].numel()
     parts = []
-    for experts in torch.arange(len(scale), device=scale.device).split(max(1, CHUNK_ELEMENTS // per_expert)):
-        part = slice(int(experts[0]), int(experts[-1]) + 1)
+    for part in expert_chunks(len(scale), member.weights[0].numel()):
         weights, s = member.weights[part].float(), scale[part, None]
         difference = round_to_nearest(format, weights * s).dequantize().div_(s).sub_(weights)
         parts.append(squared_error(difference, member.site.second_moment[part]))

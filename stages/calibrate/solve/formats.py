@@ -1,21 +1,21 @@
 """Weight formats: which values a weight can take, and the scales it is stored with. Batched, on any device.
 
 A weight is `[..., N, K]` (leading axes: experts, or none). A format cuts each row into blocks of `block_size`
-columns that share one scale; W = value * step, with `value` on the format's grid and `step` what the stored scales
-multiply to:
+columns that share one scale; W = value * step, with `value` on the format's grid and `step` what the stored
+scales multiply to:
 
-    format | block    | grid              | stored scales                                        | step
-    nvfp4  | 16       | e2m1, ±6          | e4m3 per block, f32 per tensor (amax / 2688)         | product of the two
-    int4   | 128      | integers -8 .. 7  | f32 per block (amax / 7)                             | that scale
-    int8   | the row  | integers -128..127| f32 per row (amax / 127)                             | that scale
-    fp8    | the row  | e4m3, ±448        | f32 per tensor (amax / 448), the same for every row  | that scale
+    format | block   | grid               | stored scales                                | step
+    nvfp4  | 16      | e2m1, ±6           | e4m3 per block, f32 per tensor (amax / 2688) | their product
+    int4   | 128     | integers -8 .. 7   | f32 per block (amax / 7)                     | that scale
+    int8   | the row | integers -128..127 | f32 per row (amax / 127)                     | that scale
+    fp8    | the row | e4m3, ±448         | f32 per tensor (amax / 448)                  | that scale
 
-The arithmetic is that of modelopt 0.47's packing (`NVFP4QTensor`, `pack_int4_in_uint8`, `INT8QTensor`, `FP8QTensor`),
-operation by operation, so that packing a solver's result gives the same bytes; unlike its fake quantization it needs
-no CUDA.
+The arithmetic is that of modelopt 0.47's packing (`NVFP4QTensor`, `pack_int4_in_uint8`, `INT8QTensor`,
+`FP8QTensor`), operation by operation, so that packing a solver's result gives the same bytes; unlike its fake
+quantization it needs no CUDA.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -28,7 +28,7 @@ E4M3_MIN = 2.0**-9
 
 
 def round_e2m1(x: Tensor) -> Tensor:
-    """The nearest of 0, 0.5, 1, 1.5, 2, 3, 4, 6 with x's sign; ties go to the even mantissa, beyond 6 to 6."""
+    """The nearest of 0, 0.5, 1, 1.5, 2, 3, 4, 6 with x's sign; ties go to the even mantissa."""
     magnitude = x.abs().clamp_(max=E2M1_MAX)
     # The grid's spacing is 0.5 below 2, 1 from 2 to 4, 2 from 4 to 6.
     spacing = 0.5 + 0.5 * (magnitude >= 2) + (magnitude >= 4)
@@ -82,7 +82,8 @@ FORMATS = {format.name: format for format in (NVFP4, INT4, INT8, FP8)}
 class Quantized:
     """A weight in its format: `values` f32 on the grid `[..., N, K]` and the scales it is stored with.
 
-    scale: nvfp4 e4m3 `[..., N, K/16]`; int4 f32 `[..., N, K/128]`; int8 f32 `[..., N, 1]`; fp8 f32 `[..., 1, 1]`.
+    scale: nvfp4 e4m3 `[..., N, K/16]`, int4 f32 `[..., N, K/128]`, int8 f32 `[..., N, 1]`,
+        fp8 f32 `[..., 1, 1]`.
     global_scale: nvfp4's f32 `[..., 1, 1]`, None for the others.
     """
 
@@ -94,6 +95,17 @@ class Quantized:
     def dequantize(self) -> Tensor:
         """The weights an engine computes with: f32 `[..., N, K]`, as modelopt's `dequantize` gives them."""
         return (self.format.blocks(self.values) * step(self.scale, self.global_scale)[..., None]).flatten(-2)
+
+    @staticmethod
+    def concatenate(parts: Sequence["Quantized"]) -> "Quantized":
+        """Join along the first axis (experts)."""
+        shared = [part.global_scale for part in parts if part.global_scale is not None]
+        return Quantized(
+            parts[0].format,
+            torch.cat([part.values for part in parts]),
+            torch.cat([part.scale for part in parts]),
+            torch.cat(shared) if shared else None,
+        )
 
 
 def step(scale: Tensor, global_scale: Tensor | None) -> Tensor:
@@ -148,7 +160,11 @@ def quantize(format: Format, weights: Tensor, scale: Tensor, global_scale: Tenso
 
 
 def round_to_nearest(format: Format, weights: Tensor, amax: Tensor | None = None) -> Quantized:
-    """Quantize with scales from the weights' own amax; `amax` `[..., 1, 1]` as in `global_scale` (and for fp8)."""
+    """Quantize with scales from the weights' own amax.
+
+    Args:
+        amax: `[..., 1, 1]` for nvfp4's global scale or fp8's scale, instead of max|weights|.
+    """
     shared = global_scale(format, weights, amax)
     own = amax if format is FP8 and amax is not None else block_amax(format, weights)
     return quantize(format, weights, scales_from_amax(format, own, shared), shared)

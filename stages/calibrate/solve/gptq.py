@@ -1,12 +1,13 @@
 """GPTQ: quantize column by column, each column's error compensated in the columns not yet quantized.
 
-Frantar et al. 2022 (arXiv 2210.17323), from H = Σ xxᵀ, batched over experts. Two additions, neither of which changes
-the format:
+Frantar et al. 2022 (arXiv 2210.17323), from H = Σ xxᵀ, batched over experts. Two additions, neither of which
+changes the format:
 
-* A block's scale is chosen when its turn comes, from the compensated weights: every candidate is carried through the
-  block's own columns, and the one with the least compensated error Σ err² stays.
-* Blocks are visited in order of their power, and the columns within a block too (the paper's act-order, with whole
-  blocks moving), so that what matters most is compensated by the most columns. The result keeps the original order.
+* A block's scale is chosen when its turn comes, from the compensated weights: every candidate is carried
+  through the block's own columns, and the one with the least compensated error Σ err² stays.
+* Blocks are visited in order of their power, and the columns within a block too (the paper's act-order, with
+  whole blocks moving), so that what matters most is compensated by the most columns. The result keeps the
+  original order.
 
 The global scale is fixed beforehand, so that the linears of a fusion group can share it.
 """
@@ -25,17 +26,18 @@ from stages.calibrate.solve.formats import (
     scales_from_amax,
     step,
 )
+from stages.calibrate.solve.moments import expert_chunks
 
 DAMPING = 0.01
 # Columns quantized between two updates of all that follow, where the format sets one scale for a whole row.
 PANEL = 16
-# e4m3 codes relative to that of amax / 6; a code is 6 to 12 %. Smaller scales clip the block's largest weights.
+# e4m3 codes relative to that of amax / 6; one code is 6 to 12 %. The smaller ones clip.
 E4M3_CANDIDATES = (-3, -2, -1, 0, 1, 2)
 INT4_CANDIDATES = (0.75, 0.8, 0.85, 0.9, 0.95, 1.0)
 # The largest e4m3 code is 126 (448): 127 is NaN, 0 is zero.
 E4M3_CODES = (1, 126)
-# Weights of one block, over all candidates, compensated at a time.
-CHUNK_ELEMENTS = 2**26
+# Weights of one block, times candidates, worked on at a time.
+BLOCK_ELEMENTS = 2**26
 
 
 def solve(
@@ -54,8 +56,26 @@ def solve(
         damping: added to H's diagonal, relative to its mean.
     Raises ValueError where the format's blocks do not divide K.
     """
-    weights = weights.float()
     format.blocks(weights)
+    chunks = expert_chunks(len(weights), weights[0].numel() + second_moment[0].numel())
+    return Quantized.concatenate(
+        [
+            solve_chunk(
+                weights[part].float(),
+                second_moment[part],
+                format,
+                None if amax is None else amax[part],
+                damping,
+            )
+            for part in chunks
+        ]
+    )
+
+
+def solve_chunk(
+    weights: Tensor, second_moment: Tensor, format: Format, amax: Tensor | None, damping: float
+) -> Quantized:
+    """`solve` for as many experts as memory allows."""
     block = format.block_size or PANEL
     order = column_order(second_moment.diagonal(dim1=1, dim2=2), block)
     ordered = take_columns(take_columns(second_moment, order).mT, order)
@@ -65,7 +85,7 @@ def solve(
 
     weights = take_columns(weights, order)
     # Rows do not depend on each other: all experts at once, as many rows as memory allows.
-    rows = max(1, CHUNK_ELEMENTS // (len(weights) * block * len(E4M3_CANDIDATES)))
+    rows = max(1, BLOCK_ELEMENTS // (len(weights) * block * len(E4M3_CANDIDATES)))
     parts = [
         compensate(
             part, factor, format, shared, None if fixed is None else fixed[:, i * rows : (i + 1) * rows]
@@ -87,8 +107,8 @@ def solve(
 def column_order(power: Tensor, block: int) -> Tensor:
     """The order to visit columns in: int64 `[E, K]`; power f32 `[E, K]` is H's diagonal.
 
-    Blocks stay together, the most powerful first; so do columns within a block. A last block that is not full (only
-    where the format sets no blocks) stays last.
+    Blocks stay together, the most powerful first; so do columns within a block. A last block that is not full
+    (only where the format sets no blocks) stays last.
     """
     full = power.shape[-1] // block * block
     blocks = power[:, :full].unflatten(-1, (-1, block))
@@ -108,8 +128,8 @@ def take_columns(matrix: Tensor, order: Tensor) -> Tensor:
 def inverse_factor(second_moment: Tensor, damping: float) -> Tensor:
     """The upper Cholesky factor of (H + damping * mean(diag H) * I)⁻¹: f32 `[E, K, K]`.
 
-    Computed in f64. Damping keeps it positive definite; an input channel that is always 0 then compensates nothing,
-    and is not compensated for.
+    Computed in f64. Damping keeps it positive definite; an input channel that is always 0 then compensates
+    nothing, and is not compensated for.
     """
     damped = second_moment.double()
     diagonal = damped.diagonal(dim1=1, dim2=2)
@@ -121,7 +141,7 @@ def inverse_factor(second_moment: Tensor, damping: float) -> Tensor:
 
 
 def row_scales(format: Format, weights: Tensor, amax: Tensor | None) -> Tensor:
-    """The scale of each row for formats without blocks, from the weights before compensation: f32 `[E, N, 1]`."""
+    """Each row's scale in formats without blocks, from the weights as they came: f32 `[E, N, 1]`."""
     own = amax if format is FP8 and amax is not None else block_amax(format, weights)
     return scales_from_amax(format, own, None).expand(*weights.shape[:2], 1)
 
@@ -173,11 +193,12 @@ def compensate(
 def quantize_block(
     columns: Tensor, factor: Tensor, steps: Tensor, format: Format
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Quantize a block's columns one after another under each candidate step, and keep the best candidate per row.
+    """Quantize a block's columns one after another under each candidate step; keep each row's best.
 
     Args:
         columns: f32 `[B, E, N]`; factor: f32 `[E, B, B]`; steps: f32 `[C, E, N]`.
-    Returns values on the grid and scaled errors (w - q) / factor_jj, f32 `[B, E, N]`, and the choice, int64 `[E, N]`.
+    Returns values on the grid, f32 `[B, E, N]`; errors (w - q) / factor_jj, likewise; the candidates chosen,
+    int64 `[E, N]`.
     """
     work = columns[:, None].expand(-1, *steps.shape).clone() if len(steps) > 1 else columns[:, None].clone()
     values = torch.empty_like(work)

@@ -1,7 +1,8 @@
-"""Solve one decoder layer: scales under the constraints of folding, then clipping or GPTQ on the folded weights.
+"""Solve one decoder layer: scales under the constraints of folding, then clipping or GPTQ on the folded
+weights.
 
-Everything is named as the hub names it, the experts of a projection stacked under one name with `E` for their number. All
-experts are solved at once.
+Everything is named as the hub names it, the experts of a projection stacked under one name with `E` for their
+number. All experts are solved at once.
 """
 
 from collections.abc import Callable, Mapping
@@ -11,14 +12,16 @@ import torch
 from torch import Tensor
 
 from stages.calibrate.solve import awq_clip, awq_lite, gptq
-from stages.calibrate.solve.formats import NVFP4, Format, tensor_amax
+from stages.calibrate.solve.formats import FP8, Format, tensor_amax
 from stages.calibrate.solve.moments import Site, with_prior
 from stages.calibrate.solve.packing import pack
 from stages.export.fold import FoldSite, TensorFold, fold_norm
 from state.errors import InputError
 
-PRIOR_TOKENS = 64.0  # what an average token of the layer counts for beside those an expert saw itself
 FEW_TOKENS = 16
+# A norm weight near zero (near -1 where the norm adds one) rounds so coarsely that the scale it can hold is no
+# longer the one that was asked for. Such channels keep scale 1.
+LARGEST_SHIFT = 2.0
 
 
 @dataclass(frozen=True)
@@ -49,8 +52,8 @@ class Group:
 class Place:
     """A place to fold, all experts of a layer at once where it is theirs.
 
-    site: the fold site, of expert 0 for experts. name: stacked. sources: stacked names whose rows are divided;
-    consumers: stacked names of all whose columns are multiplied. norm: the norm's weight as stored.
+    site: the fold site, of expert 0 for experts. name: stacked. sources: stacked names whose rows are
+    divided; consumers: stacked names of all whose columns are multiplied. norm: the norm's weight as stored.
     """
 
     site: FoldSite
@@ -129,7 +132,9 @@ def _snap(place: Place) -> Callable[[Tensor], Tensor]:
     assert norm is not None
 
     def snap(scale: Tensor) -> Tensor:
-        return fold_norm(norm, scale, place.site.plus_one)[1]
+        held = fold_norm(norm, scale, place.site.plus_one)[1]
+        shift = held / scale
+        return torch.where((shift <= LARGEST_SHIFT) & (shift >= 1 / LARGEST_SHIFT), held, 1.0)
 
     return snap
 
@@ -191,20 +196,21 @@ def _stacked(factor: Tensor | None, weights: Tensor) -> Tensor | None:
 
 
 def _finish(group: Group, clip: bool, damping: float | None, solution: LayerSolution) -> Tensor:
-    """Clip or compensate a folded group. Returns the amax its shared scale comes from, [E] ([] for one linear)."""
+    """Clip or compensate a folded group. Returns the amax its shared scale comes from, [E] ([] for one
+    linear).
+    """
     weights = group.weights
     amax = tensor_amax(weights)
     if clip:
-        per_tensor = group.format is NVFP4 or group.format.block_size is None
-        moment = with_prior(group.site, PRIOR_TOKENS, group.common_basis)
-        if per_tensor:
+        moment = with_prior(group.site, group.common_basis)
+        if group.format is FP8:
             amax = awq_clip.search_tensor(group.format, weights, moment).amax
         else:
             found = awq_clip.search_block(group.format, weights, moment).amax
             for name, own in group.split(found).items():
                 solution.arrays[f"{name}@amax"] = own if _is_stacked(name) else own[0]
     if damping is not None:
-        moment = with_prior(group.site, PRIOR_TOKENS, group.common_basis)
+        moment = with_prior(group.site, group.common_basis)
         quantized = gptq.solve(weights, moment, group.format, amax=amax, damping=damping)
         for name_of_field, values in pack(quantized).items():
             per_row = values.shape[1] == weights.shape[1]
@@ -216,7 +222,7 @@ def _finish(group: Group, clip: bool, damping: float | None, solution: LayerSolu
 
 
 def _report_few(group: Group, solution: LayerSolution) -> None:
-    """Name the experts whose own tokens are too few to solve them by: the layer's average stands in for them."""
+    """Name the experts whose own tokens are too few: the layer's average stands in for them."""
     for name in group.members:
         if _is_stacked(name):
             few = torch.nonzero(group.site.tokens < FEW_TOKENS).flatten().tolist()

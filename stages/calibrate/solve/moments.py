@@ -1,13 +1,19 @@
 """The statistics a solver works from, and what to do where an expert saw too few tokens for them.
 
-A `Site` batches inputs of equal shape: the experts of a layer, or one linear's input (E = 1). H = Σ xxᵀ over the
-site's tokens makes every layer-wise loss computable without the tokens: Σ ‖ΔW x‖² = tr(ΔW H ΔWᵀ).
+A `Site` batches inputs of equal shape: the experts of a layer, or one linear's input (E = 1). H = Σ xxᵀ over
+the site's tokens makes every layer-wise loss computable without the tokens: Σ ‖ΔW x‖² = tr(ΔW H ΔWᵀ).
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+# On code-moe 0 to 1024 differ by less than the noise of the measurement; 11 of its 96 experts see no token.
+PRIOR_TOKENS = 64.0
+# Elements of one tensor that a solver works on at a time; it keeps about eight such f32 tensors alive.
+CHUNK_ELEMENTS = 2**27
 
 
 @dataclass(frozen=True)
@@ -29,16 +35,22 @@ def squared_error(difference: Tensor, second_moment: Tensor) -> Tensor:
     return (torch.bmm(difference, second_moment) * difference).sum(dim=(1, 2))
 
 
-def with_prior(site: Site, tokens: float, common_basis: bool) -> Tensor:
-    """H of each expert with a prior worth `tokens` tokens, so that experts with few or none are solved sensibly.
+def expert_chunks(experts: int, elements: int) -> Iterator[slice]:
+    """Cut the expert axis so that a tensor of `elements` per expert stays within CHUNK_ELEMENTS."""
+    size = max(1, CHUNK_ELEMENTS // elements)
+    return (slice(start, start + size) for start in range(0, experts, size))
 
-    An expert with n tokens knows n directions at most; compensating errors along the others would be guesswork.
-    The prior is what a token of this layer looks like on average; its weight fades as n grows.
+
+def with_prior(site: Site, common_basis: bool, tokens: float = PRIOR_TOKENS) -> Tensor:
+    """H of each expert with a prior worth `tokens` tokens: what experts with few or none are solved by.
+
+    An expert with n tokens knows n directions at most; compensating errors along the others would be
+    guesswork. The prior is what a token of this layer looks like on average; its weight fades as n grows.
 
     Args:
-        common_basis: True where the experts' inputs are the same kind of vector (the layer's hidden states: gate and
-            up), whose mean second moment is then the prior. False where each expert has channels of its own (down):
-            the prior is then only the mean power, the same for every channel.
+        common_basis: True where the experts' inputs are the same kind of vector (the layer's hidden states:
+            gate and up), whose mean second moment is then the prior. False where each expert has channels of
+            its own (down): the prior is then only the mean power, the same for every channel.
     Returns f32 `[E, K, K]`. With no token in the whole layer, the identity: the plain error of the weights.
     """
     total = site.tokens.sum()

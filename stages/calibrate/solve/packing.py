@@ -32,7 +32,9 @@ def pack(quantized: Quantized) -> dict[str, Tensor]:
 
 
 def pack_e2m1(values: Tensor) -> Tensor:
-    """Values on e2m1's grid to codes: f32 `[..., K]` → int8 `[..., K / 2]`. Zero is code 0, whatever its sign."""
+    """Values on e2m1's grid to codes: f32 `[..., K]` → int8 `[..., K / 2]`. Zero is code 0, whatever its
+    sign.
+    """
     grid = torch.tensor(E2M1_MAGNITUDES, device=values.device)
-    codes = torch.searchsorted(grid, values.abs().contiguous()) + 8 * (values < 0)
+    codes = torch.searchsorted(grid, values.abs().contiguous()) + 8 * values.signbit()
     return (codes[..., 0::2] + 16 * codes[..., 1::2]).to(torch.uint8).view(torch.int8)

@@ -65,8 +65,9 @@ def arrays(run: Path) -> dict[str, bytes]:
 def solutions(run: Path, layers: int = 2) -> dict[str, Any]:
     calibration = state.open(run)
     solver_id = next(
-        path.split("/")[2] for path in calibration.head.objects if path.startswith("calibration.zarr/solutions/")
-        and path.count("/") > 3
+        path.split("/")[2]
+        for path in calibration.head.objects
+        if path.startswith("calibration.zarr/solutions/") and path.count("/") > 3
     )
     found = {}
     for layer in range(layers):
@@ -91,7 +92,9 @@ def moe(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize("recipe", ["nvfp4", "nvfp4_awq_full", GPTQ])
 @pytest.mark.parametrize("batches", [2, 5])
-def test_after_a_crash_in_a_layer_the_end_is_the_same(moe: Path, tmp_path: Path, recipe: str, batches: int) -> None:
+def test_after_a_crash_in_a_layer_the_end_is_the_same(
+    moe: Path, tmp_path: Path, recipe: str, batches: int
+) -> None:
     wish = {"schedule": "layerwise", "recipe": recipe}
     calibrate(settings(moe, tmp_path / "undisturbed", **wish), Silent())
     with pytest.raises(Crash):
