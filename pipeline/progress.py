@@ -113,6 +113,8 @@ class PlainProgress:
         with self._lock:
             self._meter = Meter(title, total, unit, done, self._clock)
             self._last_line = self._clock()
+            if done:
+                self._write(f"going on at {self._meter.counted()}")
 
     def advance(self, amount: int, **facts: int) -> None:
         with self._lock:
@@ -124,11 +126,9 @@ class PlainProgress:
 
     def committed(self, number: int, seconds: float) -> None:
         with self._lock:
-            where = ""
             if self._meter is not None:
                 self._meter.commit_time = self._clock()
-                where = f" at {self._meter.counted()}"
-            self._write(f"commit {number}{where}, written in {seconds:.2f} s")
+            self._write(f"commit {number}, written in {seconds:.2f} s")
 
     def note(self, message: str) -> None:
         self._write(message)

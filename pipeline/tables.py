@@ -2,9 +2,6 @@
 
 from collections.abc import Sequence
 
-from rich.console import Console
-from rich.table import Table
-
 from stages.calibrate.summary import FEW_TOKENS, Coverage
 
 NAMED = 3  # examples given of what is listed in full elsewhere
@@ -36,10 +33,7 @@ def examples(names: Sequence[str]) -> str:
 
 
 def print_rows(rows: Rows) -> None:
-    """Two columns on standard output."""
-    table = Table(show_header=False, box=None, pad_edge=False)
-    table.add_column(style="bold", no_wrap=True)
-    table.add_column(overflow="fold")
+    """Two columns on standard output. Lines are never broken: what is to be typed next can be copied."""
+    width = max(len(name) for name, _ in rows)
     for name, value in rows:
-        table.add_row(name, value)
-    Console(highlight=False, markup=False, soft_wrap=True).print(table)
+        print(f"{name:<{width}}  {value}")

@@ -82,12 +82,18 @@ def test_plain_lines_come_every_ten_seconds_and_at_commits() -> None:
     progress.finish()
     assert lines == [
         "planning",
-        "commit 1 at 2/4 batches, written in 0.50 s",
+        "commit 1, written in 0.50 s",
         "calibrating: 3/4 batches (75%), 25 tokens/s, 4 s left, last commit 3 s ago",
         "a note",
         "warning: too little text",
         "calibrating: 4/4 batches (100%), 31 tokens/s, last commit 4 s ago",
     ]
+
+
+def test_plain_progress_tells_what_earlier_processes_did() -> None:
+    lines: list[str] = []
+    PlainProgress(lines.append, Clock()).start("calibrating", 64, "batches", done=18)
+    assert lines == ["going on at 18/64 batches"]
 
 
 def test_plain_progress_outside_a_bar_says_what_it_can() -> None:
