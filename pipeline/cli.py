@@ -69,7 +69,10 @@ def calibrate(
     run: Run,
     recipe: Annotated[
         str,
-        typer.Option(help="modelopt's name of a recipe. Only checked, and remembered as export's default."),
+        typer.Option(
+            help="modelopt's name of a recipe, remembered as export's default. AWQ and GPTQ are solved here; "
+            "any other is only checked."
+        ),
     ] = _calibrate_default("recipe"),
     samples: Annotated[int, typer.Option(help="Windows of text.")] = _calibrate_default("samples"),
     seq: Annotated[int, typer.Option(help="Tokens per window.")] = _calibrate_default("seq"),
@@ -88,6 +91,17 @@ def calibrate(
         Literal["auto", "never", "required"],
         typer.Option(help="Go on with the run that is at RUN: if there is one, never, or only so."),
     ] = _calibrate_default("resume"),
+    schedule: Annotated[
+        Literal["auto", "whole", "layerwise"],
+        typer.Option(
+            help="The whole model on the device, or one decoder layer at a time; auto takes layers where a "
+            "solver needs them or the model does not fit."
+        ),
+    ] = _calibrate_default("schedule"),
+    activation_memory: Annotated[
+        int,
+        typer.Option(help="Bytes of hidden states kept in memory between layers; more go to files in RUN."),
+    ] = _calibrate_default("activation_memory"),
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit on the hub.")] = None,
     split: Annotated[str, typer.Option(help="Split of a `datasets` data set.")] = _calibrate_default("split"),
     column: Annotated[
@@ -107,7 +121,8 @@ def calibrate(
     """Measures a model on text, and keeps what it measures in RUN.
 
     The forward is unquantized; for every site and channel the largest and summed |x| are kept, so one run
-    serves FP8 and NVFP4 alike. Commits come every 30 s. Ctrl-C commits, too. The same command again goes on
+    serves FP8 and NVFP4 alike. A recipe with AWQ or GPTQ adds its solutions to the run, also to a finished
+    one. Commits come every 30 s. Ctrl-C commits, too. The same command again goes on
     where it stopped; a finished run says so and does nothing.
 
     **Examples**
@@ -115,6 +130,8 @@ def calibrate(
     `holdfast calibrate Qwen/Qwen3-30B-A3B chats.jsonl runs/qwen3`
 
     `holdfast calibrate ./model 'texts/*.txt' runs/mine --recipe fp8 --samples 256 --seq 4096`
+
+    `holdfast calibrate Qwen/Qwen3-30B-A3B chats.jsonl runs/qwen3 --recipe nvfp4_awq_full`
 
     `holdfast calibrate ./model wikitext:wikitext-2-raw-v1 runs/wiki --split test --device cuda:1`
     """
@@ -136,6 +153,8 @@ def calibrate(
             resume=resume,
             accept_environment=accept_environment,
             trust_remote_code=trust_remote_code,
+            schedule=schedule,
+            activation_memory=activation_memory,
         )
         _quiet(debug)
         from pipeline.progress import reporting
@@ -180,6 +199,13 @@ def export(
             help="Input scales of fused experts: one per layer, as engines expect, or one per expert."
         ),
     ] = _export_default("expert_input_scale"),
+    fold: Annotated[
+        Literal["auto", "none"],
+        typer.Option(
+            help="Input scales that AWQ found: folded into the weights before, so that engines load a plain "
+            "checkpoint, or kept apart as pre_quant_scale where modelopt keeps them apart."
+        ),
+    ] = _export_default("fold"),
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace another export that is at OUT.")
     ] = False,
@@ -214,6 +240,7 @@ def export(
             conflict=conflict,
             dead=dead,
             expert_input_scale=expert_input_scale,
+            fold=fold,
             overwrite=overwrite,
             partial=partial,
             trust_remote_code=trust_remote_code,

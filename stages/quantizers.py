@@ -17,7 +17,10 @@ from stages.recipes import Recipe
 from stages.skeleton import ExpertsModule, Skeleton, build_meta_model
 from state.errors import InputError
 
-WEIGHT_FORMATS = ("nvfp4", "fp8")
+WEIGHT_FORMATS = ("nvfp4", "fp8", "int4_awq", "w4a8_awq", "int8_sq")
+"""modelopt's names: `int4_awq` is INT4 in groups, with AWQ or without; `int8_sq` INT8 rows and inputs."""
+
+ALGORITHMS = ("max", "awq_lite", "awq_clip", "awq_full", "gptq", "smoothquant")
 KvFormat = Literal["fp8", "fp8_cast"]
 
 
@@ -52,15 +55,16 @@ class QuantizerPlan:
 def plan_quantizers(skeleton: Skeleton, recipe: Recipe) -> QuantizerPlan:
     """Place the recipe's quantizers on a fresh meta-device model and read the plan off.
 
-    Raises InputError when the recipe needs what this version can't serve: another algorithm than `max`,
-    another weight format than those in WEIGHT_FORMATS, or quantizers for which no statistic is kept.
+    Raises InputError when the recipe needs what this version can't serve: another algorithm than those in
+    ALGORITHMS, another weight format than those in WEIGHT_FORMATS, or quantizers for which no statistic is
+    kept.
     """
     from modelopt.torch.export.quant_utils import get_quant_config
 
-    if recipe.algorithm != "max":
+    if recipe.algorithm not in ALGORITHMS:
         raise InputError(
             f"recipe {recipe.name!r} asks for the algorithm {recipe.algorithm!r}, "
-            "which is not supported yet; supported: max"
+            f"which is not supported yet; supported: {', '.join(ALGORITHMS)}"
         )
     model = build_meta_model(type(skeleton.config).from_dict(skeleton.config.to_dict()))
     _insert(model, recipe)
@@ -128,8 +132,10 @@ class _PlanReader:
             quantizers = getattr(module, f"{parameter}_weight_quantizers")
             if not quantizers[0].is_enabled:
                 continue
+            prefix = f"{experts.memory}.{parameter}_weight_quantizers"
             for number in range(experts.count):
-                self.served.add(f"{experts.memory}.{parameter}_weight_quantizers.{number}")
+                self.served.add(f"{prefix}.{number}")
+                self.served.update(f"{prefix}.{number}.{step}" for step in range(2))
             self._weight(hubs, f"{experts.memory}.{parameter}_weight_quantizers.0", module, quantizers[0])
             name = f"{parameter}_input_quantizer"
             self._input(hubs, f"{experts.memory}.{name}", getattr(module, name))
@@ -151,18 +157,22 @@ class _PlanReader:
     def _weight(self, hubs: list[str], name: str, module: nn.Module, quantizer: Any) -> None:
         from modelopt.torch.export.quant_utils import get_quantization_format
 
+        steps = _in_sequence(quantizer)
         try:
             weight_format = get_quantization_format(module)
         except NotImplementedError:  # modelopt can fake-quantize it, but has no checkpoint format for it
-            weight_format = f"num_bits={quantizer.num_bits}"
+            weight_format = f"num_bits={steps[0].num_bits}"
+        if weight_format == "int8_sq" and steps[0].axis != 0:
+            weight_format = f"int8 with axis={steps[0].axis}"
         if weight_format not in WEIGHT_FORMATS:
             raise InputError(
                 f"recipe {self.recipe.name!r} quantizes {hubs[0]} to {weight_format!r} ({name}), "
                 f"which is not supported yet; supported: {', '.join(WEIGHT_FORMATS)}"
             )
-        if _plain(quantizer):
+        if all(map(_plain, steps)):
             self.served.add(name)
-        block = (quantizer.block_sizes or {}).get(-1, 0)
+            self.served.update(f"{name}.{number}" for number in range(len(steps)))
+        block = (steps[0].block_sizes or {}).get(-1, 0)
         self.weights.update(dict.fromkeys(hubs, WeightFormat(weight_format, block)))
 
     def _input(self, hubs: list[str], name: str, quantizer: Any) -> None:
@@ -183,6 +193,13 @@ class _PlanReader:
                 "supported: weights and inputs of linears and experts by max, FP8 K and V caches per tensor, "
                 "without bias or rotation"
             )
+
+
+def _in_sequence(quantizer: Any) -> list[Any]:
+    """The quantizers that follow one another in modelopt's SequentialQuantizer; a plain one alone."""
+    from modelopt.torch.quantization.nn import SequentialQuantizer
+
+    return list(quantizer) if isinstance(quantizer, SequentialQuantizer) else [quantizer]
 
 
 def _plain(quantizer: Any) -> bool:

@@ -19,13 +19,14 @@ class Recipe:
 
     name: as the user typed it. quant_cfg: modelopt's ordered list of quantizer rules. algorithm: the name of
     the calibration algorithm the recipe asks for (`max`, `awq_lite`, ...). algorithm_options: the options
-    that come with it.
+    that come with it. awq_first: the recipe lists `awq_lite` before `gptq`.
     """
 
     name: str
     quant_cfg: list[dict[str, Any]]
     algorithm: str
     algorithm_options: dict[str, Any]
+    awq_first: bool = False
 
     def config(self) -> dict[str, Any]:
         """The recipe as `mtq.quantize` takes it, without an algorithm: quantizers are placed, nothing is
@@ -38,8 +39,8 @@ def resolve(name: str) -> Recipe:
     """Look a recipe up in modelopt's library: a preset (`nvfp4`), a shipped recipe file or a path to one of
     your own.
 
-    Raises InputError when modelopt knows no such recipe, or when the file is not a post-training quantization
-    recipe.
+    Raises InputError when modelopt knows no such recipe, when the file is not a post-training quantization
+    recipe, or when it lists algorithms that can't be run one after the other here.
     """
     from modelopt.recipe.presets import QUANT_CFG_CHOICES
 
@@ -80,10 +81,20 @@ def _load_file(name: str) -> dict[str, Any]:
 
 
 def _recipe(name: str, config: dict[str, Any]) -> Recipe:
-    algorithm = config.get("algorithm") or {"method": "max"}
-    options = {"method": algorithm} if isinstance(algorithm, str) else dict(algorithm)
-    method = options.pop("method")
-    return Recipe(name, copy.deepcopy(config["quant_cfg"]), method, options)
+    stated = config.get("algorithm") or "max"
+    steps = [
+        {"method": step} if isinstance(step, str) else dict(step)
+        for step in (stated if isinstance(stated, list) else [stated])
+    ]
+    methods = [step.pop("method") for step in steps]
+    awq_first = methods == ["awq_lite", "gptq"]
+    if len(steps) != 1 and not awq_first:
+        raise InputError(
+            f"recipe {name!r} lists the algorithms {', '.join(map(repr, methods))}; "
+            "supported: one algorithm, or awq_lite and then gptq"
+        )
+    options = {option: value for step in steps for option, value in step.items()}
+    return Recipe(name, copy.deepcopy(config["quant_cfg"]), methods[-1], options, awq_first)
 
 
 def _unknown(name: str, known: list[str]) -> str:

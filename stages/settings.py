@@ -9,6 +9,8 @@ UnseenPolicy = Literal["layer", "weights-only", "error"]
 ConflictPolicy = Literal["max", "error"]
 DeadPolicy = Literal["floor", "error"]
 ExpertInputScale = Literal["layer", "expert"]
+Fold = Literal["auto", "none"]
+Schedule = Literal["auto", "whole", "layerwise"]
 
 
 class CalibrateSettings(BaseModel):
@@ -18,7 +20,9 @@ class CalibrateSettings(BaseModel):
     or the name of a `datasets` data set with `split` and `column`. samples, seq: windows, and tokens per
     window. batch: windows per forward. commit_every: seconds between two commits. resume: go on with an
     unfinished run, never, or only so. accept_environment: go on although library versions, device or batch
-    size differ from those the run began with.
+    size differ from those the run began with. schedule: the whole model on the device, or one decoder layer
+    at a time, or whichever the recipe and the device need. activation_memory: bytes of hidden states kept in
+    memory between layers; more go to a file under the run.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -39,6 +43,8 @@ class CalibrateSettings(BaseModel):
     resume: Literal["auto", "never", "required"] = "auto"
     accept_environment: bool = False
     trust_remote_code: bool = False
+    schedule: Schedule = "auto"
+    activation_memory: int = Field(8 * 2**30, gt=0)
 
 
 class ExportSettings(BaseModel):
@@ -46,8 +52,11 @@ class ExportSettings(BaseModel):
 
     run: a calibration run. out: the checkpoint folder to make. recipe: modelopt's name, or None for the one
     given to calibrate. model: where the source checkpoint is now, or None for where it was. unseen, conflict,
-    dead, expert_input_scale: the policies of stages/export/unify.py. overwrite: replace another export at
-    `out`. partial: accept an unfinished run. shard_size: bytes of tensor data at which a new shard begins.
+    dead, expert_input_scale: the policies of stages/export/unify.py. fold: a solver's input scales go into
+    what stands before the weight, so that engines have nothing to apply (`auto`); or stay separate, as
+    `pre_quant_scale` tensors, where modelopt's exporter leaves them so (`none`). overwrite: replace another
+    export at `out`. partial: accept an unfinished run. shard_size: bytes of tensor data at which a new shard
+    begins.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -60,6 +69,7 @@ class ExportSettings(BaseModel):
     conflict: ConflictPolicy = "max"
     dead: DeadPolicy = "floor"
     expert_input_scale: ExpertInputScale = "layer"
+    fold: Fold = "auto"
     overwrite: bool = False
     partial: bool = False
     trust_remote_code: bool = False

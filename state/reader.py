@@ -1,7 +1,7 @@
 """Read a run: `state.open("runs/name").amax("model.layers.3.self_attn.q_proj.input_quantizer")`."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from difflib import get_close_matches
 from functools import cached_property, lru_cache, reduce
@@ -30,6 +30,27 @@ QUANTIZER_ROLES: dict[str, Role] = {
 }
 # One layer of a wide array, at most some 15 MB each.
 CACHED_SLABS = 64
+
+
+class ArraysOnDemand(Mapping[str, NDArray[Any]]):
+    """Arrays by name, each read when it is looked up: those of one layer can be larger than memory."""
+
+    def __init__(self, names: Sequence[str], read: Callable[[str], NDArray[Any]]) -> None:
+        self._names, self._read = names, read
+
+    def __getitem__(self, name: str) -> NDArray[Any]:
+        if name not in self._names:
+            raise KeyError(name)
+        return self._read(name)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._names
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
 
 
 class Calibration:
@@ -116,7 +137,7 @@ class Calibration:
         return Generation(self.layout, arrays)
 
     def solution(self, solver_id: str, layer: int) -> Solution:
-        """What a solver found for a layer.
+        """What a solver found for a layer; its arrays are read as they are asked for, and not kept.
 
         Raises:
             InputError: there is no such solution.
@@ -128,7 +149,7 @@ class Calibration:
             raise InputError(f"{self.path} has no solution of {solver_id!r} for layer {layer}")
         inside = (path.removeprefix(prefix) for path in self.head.objects if path.startswith(prefix))
         names = sorted({path.partition("/")[0] for path in inside if "/" in path})
-        arrays = {name: self._whole(f"{group}/{name}") for name in names}
+        arrays = ArraysOnDemand(names, lambda name: self._whole(f"{group}/{name}"))
         return Solution(solver_id, layer, arrays, self._attributes(group))
 
     def events(self) -> list[dict[str, Any]]:

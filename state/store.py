@@ -47,7 +47,7 @@ __all__ = [
 LOCK = ".lock"
 RECORD = "run.json"
 EVENTS = "events.jsonl"
-OWN_NAMES = frozenset({HEAD, f"{HEAD}.tmp", HEADS, ZARR, RECORD, EVENTS, LOCK})
+OWN_NAMES = frozenset({HEAD, f"{HEAD}.tmp", HEADS, ZARR, RECORD, EVENTS, LOCK, "activations"})
 TOKENS_PER_CHUNK = 2**22
 
 

@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 from stages.calibrate.accumulate import Accumulators
 from stages.calibrate.attention import channels_last, observed_attention
 from stages.calibrate.experts import expert_parameters, watch_experts
+from stages.calibrate.sinks import Sink
 from stages.skeleton import ExpertsModule, Skeleton
 from stages.weights import largest_magnitude
 from state.layout import Layout, Site, SiteArray
@@ -19,30 +20,31 @@ Place = tuple[int, ...]
 
 
 @contextmanager
-def observed(skeleton: Skeleton, model: PreTrainedModel, statistics: Accumulators) -> Iterator[None]:
-    """Within the context every forward of `model` is added to `statistics`; its outputs stay bit-equal.
+def observed(
+    skeleton: Skeleton, model: PreTrainedModel, layout: Layout, sink: Sink, within: str = ""
+) -> Iterator[None]:
+    """Within the context every forward of `model` is added to `sink`; its outputs stay bit-equal.
 
-    skeleton: the same model without weights, for the names.
+    skeleton: the same model without weights, for the names. within: prefix of the memory names of the modules
+    to observe, such as `model.layers.3.`; all of them by default.
     """
-    layout = statistics.layout
     attentions = {id(module): skeleton.hub_name(name) for name, module in model.named_modules()}
     with ExitStack() as stack:
         for linear in skeleton.linears:
-            if stores_its_own(layout, Site(linear.hub, "input")):
+            if linear.memory.startswith(within) and stores_its_own(layout, Site(linear.hub, "input")):
                 array, place = layout.locate(Site(linear.hub, "input"))
                 module = model.get_submodule(linear.memory)
-                hook = module.register_forward_pre_hook(
-                    _input_hook(statistics, array, place), with_kwargs=True
-                )
+                hook = module.register_forward_pre_hook(_input_hook(sink, array, place), with_kwargs=True)
                 stack.callback(hook.remove)
         for experts in skeleton.experts:
-            for hook in _watch(experts, model.get_submodule(experts.memory), statistics):
-                stack.callback(hook.remove)
+            if experts.memory.startswith(within):
+                for hook in _watch(experts, model.get_submodule(experts.memory), layout, sink):
+                    stack.callback(hook.remove)
 
         def key_value(module: nn.Module, key: torch.Tensor, value: torch.Tensor) -> None:
             name = attentions[id(module)]
-            statistics.add(*layout.locate(Site(name, "k")), channels_last(key))
-            statistics.add(*layout.locate(Site(name, "v")), channels_last(value))
+            sink.add(*layout.locate(Site(name, "k")), channels_last(key))
+            sink.add(*layout.locate(Site(name, "v")), channels_last(value))
 
         stack.enter_context(observed_attention(model, key_value))
         yield
@@ -56,13 +58,19 @@ def stores_its_own(layout: Layout, site: Site) -> bool:
     return any(site == own for own in array.sites())
 
 
-def record_weights(skeleton: Skeleton, model: PreTrainedModel, statistics: Accumulators) -> None:
-    """Set max |W| of every linear, router and expert projection of the loaded model."""
+def record_weights(
+    skeleton: Skeleton, model: PreTrainedModel, statistics: Accumulators, within: str = ""
+) -> None:
+    """Set max |W| of every linear, router and expert projection that is loaded. within: as in `observed`."""
     layout = statistics.layout
     for linear in skeleton.linears:
+        if not linear.memory.startswith(within):
+            continue
         weight = model.get_submodule(linear.memory).weight
         statistics.set_weight(*layout.locate(Site(linear.hub, "weight")), largest_magnitude(weight.flatten()))
     for experts in skeleton.experts:
+        if not experts.memory.startswith(within):
+            continue
         for leaf, weights in split_projections(experts, model.get_submodule(experts.memory)).items():
             array, place = layout.locate(Site(f"{experts.hub}.0.{leaf}", "weight"))
             statistics.set_weight(array, place[:-1], largest_magnitude(weights.flatten(1)))
@@ -82,30 +90,30 @@ def split_projections(experts: ExpertsModule, module: nn.Module) -> dict[str, to
 
 
 def _input_hook(
-    statistics: Accumulators, array: SiteArray, place: Place
+    sink: Sink, array: SiteArray, place: Place
 ) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None]:
     def hook(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         values = args[0] if args else next(iter(kwargs.values()))
-        statistics.add(array, place, values)
+        sink.add(array, place, values)
 
     return hook
 
 
 def _watch(
-    experts: ExpertsModule, module: nn.Module, statistics: Accumulators
+    experts: ExpertsModule, module: nn.Module, layout: Layout, sink: Sink
 ) -> list[torch.utils.hooks.RemovableHandle]:
     leaves = {"up": experts.up[0], "down": experts.down}
     located = {
-        projection: statistics.layout.locate(Site(f"{experts.hub}.0.{leaf}", "input"))
+        projection: layout.locate(Site(f"{experts.hub}.0.{leaf}", "input"))
         for projection, leaf in leaves.items()
     }
 
     def grouped(projection: str, rows: torch.Tensor, ends: torch.Tensor) -> None:
         array, place = located[projection]
-        statistics.add_experts(array, place[:-1], rows, ends)
+        sink.add_experts(array, place[:-1], rows, ends)
 
     def single(projection: str, rows: torch.Tensor, expert: int) -> None:
         array, place = located[projection]
-        statistics.add(array, (*place[:-1], expert), rows)
+        sink.add(array, (*place[:-1], expert), rows)
 
     return watch_experts(experts.memory, module, grouped, single)

@@ -1,30 +1,44 @@
 """What every schedule has in common: a series of steps from a cursor to the end."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Protocol
+from types import TracebackType
+from typing import Protocol, Self
 
 from state.store import Cursor
+from state.update import Solution
+
+Tick = Callable[[int], None]  # called after each batch with the tokens it took in
 
 
 @dataclass(frozen=True)
 class Step:
-    """A piece of work after which a commit is possible. cursor: where the next step begins. tokens: how many
-    it took in.
+    """A piece of work after which a commit is possible.
+
+    cursor: where the next step begins. finished: the statistics are complete. commit: worth a commit, however
+    short ago the last one was. solutions: what a solver found on the way.
     """
 
     cursor: Cursor
-    tokens: int
+    finished: bool
+    commit: bool = False
+    solutions: tuple[Solution, ...] = ()
 
 
 class Schedule(Protocol):
-    """An order in which the model meets the tokens."""
+    """An order in which the model meets the tokens. A context manager: observers are attached within."""
+
+    def __enter__(self) -> Self: ...
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None: ...
 
     def total(self) -> int:
-        """How many steps there are from the start."""
+        """How many batches pass from the start to the end; layer by layer, each layer's."""
 
     def done(self, cursor: Cursor) -> int:
-        """How many steps lie before a cursor."""
+        """How many of them lie before a cursor."""
 
     def steps(self, cursor: Cursor) -> Iterator[Step]:
         """Do the work from a cursor on, one step at a time."""

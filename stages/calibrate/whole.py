@@ -1,26 +1,52 @@
 """The whole-model schedule: the model stays on the device, batches of windows stream through it."""
 
 from collections.abc import Iterator
+from contextlib import ExitStack
+from types import TracebackType
+from typing import Self
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from transformers import PreTrainedModel
 
+from stages.calibrate.accumulate import Accumulators
 from stages.calibrate.head import without_logits
-from stages.calibrate.schedule import Step
+from stages.calibrate.observe import observed
+from stages.calibrate.schedule import Step, Tick
+from stages.skeleton import Skeleton
 from state.store import Cursor
 
 
 class WholeModel:
-    """One pass; a step is one batch.
+    """One pass for statistics; a step is one batch.
 
     Args:
         tokens: int32 [windows, seq]. batch: windows per forward; the last batch may be smaller.
     """
 
-    def __init__(self, model: PreTrainedModel, tokens: NDArray[np.int32], batch: int) -> None:
-        self.model, self.tokens, self.batch = model, tokens, batch
+    def __init__(
+        self,
+        skeleton: Skeleton,
+        model: PreTrainedModel,
+        statistics: Accumulators,
+        tokens: NDArray[np.int32],
+        batch: int,
+        tick: Tick,
+    ) -> None:
+        self.skeleton, self.model, self.statistics = skeleton, model, statistics
+        self.tokens, self.batch, self.tick = tokens, batch, tick
+        self._observers = ExitStack()
+
+    def __enter__(self) -> Self:
+        layout = self.statistics.layout
+        self._observers.enter_context(observed(self.skeleton, self.model, layout, self.statistics))
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._observers.close()
 
     def total(self) -> int:
         return -(-len(self.tokens) // self.batch)
@@ -32,9 +58,8 @@ class WholeModel:
         for number in range(cursor.batch, self.total()):
             windows = self.tokens[number * self.batch : (number + 1) * self.batch]
             forward(self.model, torch.from_numpy(windows.astype(np.int64)))
-            yield Step(
-                Cursor(pass_number=cursor.pass_number, layer=cursor.layer, batch=number + 1), windows.size
-            )
+            self.tick(windows.size)
+            yield Step(Cursor(batch=number + 1), finished=number + 1 == self.total())
 
 
 def forward(model: PreTrainedModel, windows: torch.Tensor) -> None:

@@ -48,6 +48,24 @@ def config_files(skeleton: Skeleton, hf_quant_config: dict[str, Any], dtype: str
     return {"config.json": _json(content), **files}
 
 
+def with_pre_quant_scale(hf_quant_config: dict[str, Any], separate: bool) -> dict[str, Any]:
+    """modelopt's quantization config, saying whether AWQ's scales are tensors of the checkpoint or folded.
+
+    NVFP4 is named NVFP4_AWQ where they are separate; INT4 formats have a field for it.
+    """
+
+    def stated(entry: dict[str, Any]) -> dict[str, Any]:
+        if separate and entry.get("quant_algo") == "NVFP4":
+            return entry | {"quant_algo": "NVFP4_AWQ", "has_zero_point": False, "pre_quant_scale": True}
+        return entry | {"pre_quant_scale": separate} if "pre_quant_scale" in entry else entry
+
+    quantization = stated(hf_quant_config["quantization"])
+    if "quantized_layers" in quantization:
+        layers = {name: stated(entry) for name, entry in quantization["quantized_layers"].items()}
+        quantization["quantized_layers"] = layers
+    return hf_quant_config | {"quantization": quantization}
+
+
 def carried_files(folder: Path) -> list[str]:
     """Names, relative to the source folder, of the files to carry along; sorted."""
     found = {path for pattern in CARRIED for path in folder.glob(pattern) if path.is_file()}

@@ -20,12 +20,11 @@ UNIT_SCALE = 1.0
 class Decisions:
     """What a checkpoint stores beside its weights.
 
-    scales: output tensor → float32 `[]`. weight_amax: module → what its weight is packed with.
-    weights_only: modules without an input scale. uses: every policy that acted.
+    scales: output tensor → float32 `[]`. weights_only: modules without an input scale. uses: every policy
+    that acted.
     """
 
     scales: dict[str, Tensor]
-    weight_amax: dict[str, Tensor]
     weights_only: frozenset[str]
     uses: tuple[PolicyUse, ...]
 
@@ -62,20 +61,19 @@ def decide(
             weights_only.add(module)
         else:
             result[f"{module}.input_scale"] = scales.input_scale(quantizers.weights[module].format, amax)
-    weight_amax = {}
-    for module, stored in quantizers.weights.items():
-        amax = weights.amax[f"{module}.weight_quantizer"]
-        assert amax is not None, module
-        weight_amax[module] = amax
-        if stored.format == "nvfp4":
-            result[f"{module}.weight_scale_2"] = scales.weight_scale_2(amax)
-        else:
+    for quantizer, amax in weights.amax.items():
+        assert amax is not None, quantizer
+        module = quantizer.removesuffix(".weight_quantizer")
+        weight_format = quantizers.weights[module].format
+        if weight_format == "fp8":
             result[f"{module}.weight_scale"] = scales.fp8_weight_scale(amax)
+        else:
+            result[f"{module}.weight_scale_2"] = scales.weight_scale_2(weight_format, amax)
     for attention in quantizers.kv:
         for name, quantizer in zip(kv_scale_names(attention), kv_quantizers(attention), strict=True):
             amax = kv.amax.get(quantizer)
             result[name] = torch.tensor(UNIT_SCALE) if amax is None else scales.kv_scale(amax)
-    return Decisions(result, weight_amax, frozenset(weights_only), (*inputs.uses, *weights.uses, *kv.uses))
+    return Decisions(result, frozenset(weights_only), (*inputs.uses, *weights.uses, *kv.uses))
 
 
 def _families(quantizers: QuantizerPlan) -> list[Family]:

@@ -13,8 +13,10 @@ from stages.export.plan import Shard
 from stages.export.unify import Policies
 from stages.model_folder import tokenizer_digests
 from stages.recipes import Recipe
+from stages.solvers import Solver
 from state.errors import IdentityMismatch
 from state.identity import Difference, digest_json, flatten
+from state.objects import ZARR
 from state.reader import Calibration
 from state.record import RunRecord
 from state.source import Source
@@ -53,6 +55,8 @@ def export_identity(
     run: Calibration,
     recipe: Recipe,
     policies: Policies,
+    solver: Solver | None,
+    fold: str,
     shards: Sequence[Shard],
     dtype: str,
     carried: Mapping[str, str],
@@ -61,12 +65,16 @@ def export_identity(
 
     Statistics count without their generation's number, which depends on how often the run was interrupted.
     """
-    prefix = f"calibration.zarr/{run.head.generation}/"
+    prefix = f"{ZARR}/{run.head.generation}/"
     statistics = {
         path.removeprefix(prefix): content
         for path, content in run.head.objects.items()
         if path.startswith(prefix)
     }
+    solutions = {}
+    if solver is not None:
+        prefix = f"{ZARR}/solutions/{solver.id}/"
+        solutions = {path: seen for path, seen in run.head.objects.items() if path.startswith(prefix)}
     layout = [(shard.file, [(spec.name, spec.dtype, spec.shape) for spec in shard.specs]) for shard in shards]
     record = run.record
     return {
@@ -76,6 +84,9 @@ def export_identity(
         "run.statistics": digest_json(sorted(statistics.items())),
         "run.finished": str(run.head.finished),
         "recipe": digest_json(_text_keys([recipe.quant_cfg, recipe.algorithm, recipe.algorithm_options])),
+        "solver": "none" if solver is None else solver.id,
+        "solutions": digest_json(sorted(solutions.items())),
+        "fold": fold,
         **{f"policy.{name}": value for name, value in asdict(policies).items()},
         "dtype": dtype,
         "layout": digest_json(layout),

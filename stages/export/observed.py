@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from stages.quantizers import QuantizerPlan
+from stages.solvers import stacked_name
 from state.errors import InputError
 from state.layout import Role, Site, split_name
 from state.reader import Calibration
@@ -64,10 +65,9 @@ def expert_families(modules: Iterable[str]) -> dict[str, list[str]]:
     """
     families: dict[str, dict[int, str]] = {}
     for module in modules:
-        pattern, layer, expert = split_name(module)
+        expert = split_name(module)[2]
         if expert is not None:
-            name = pattern if layer is None else pattern.replace(".L.", f".{layer}.", 1)
-            families.setdefault(name, {})[expert] = module
+            families.setdefault(stacked_name(module), {})[expert] = module
     return {name: [members[expert] for expert in sorted(members)] for name, members in families.items()}
 
 

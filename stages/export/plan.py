@@ -4,8 +4,8 @@ Pure: it sees names, dtypes and shapes, never a value.
 """
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Container, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 
 from stages.export.shards import TensorSpec
@@ -50,13 +50,18 @@ class Shard:
 
 
 def plan_units(
-    tensors: Mapping[str, TensorEntry], quantizers: QuantizerPlan, weights_only: Iterable[str] = ()
+    tensors: Mapping[str, TensorEntry],
+    quantizers: QuantizerPlan,
+    weights_only: Iterable[str] = (),
+    pre_quant_scale: Container[str] = (),
+    dtype: str = "BF16",
 ) -> list[Unit]:
     """What becomes of every source tensor, in natural order of names; then the KV scales of each attention.
 
     Args:
         tensors: the source, by hub name.
         weights_only: modules whose input scale a policy leaves out.
+        pre_quant_scale: modules that a vector of this name is stored for, in `dtype`.
     Raises InputError naming the tensor for a weight that is missing, quantized already, or of a shape its
     format can't take.
     """
@@ -76,8 +81,13 @@ def plan_units(
         if module is None:
             units.append(Unit(name, name, None, (TensorSpec(name, entry.dtype, entry.shape),)))
         else:
-            scaled = module in quantizers.inputs and module not in without_input
-            units.append(_quantized_unit(module, entry, quantizers.weights[module], scaled))
+            unit = _quantized_unit(module, entry, quantizers.weights[module])
+            extra = []
+            if module in quantizers.inputs and module not in without_input:
+                extra.append(TensorSpec(f"{module}.input_scale", "F32", ()))
+            if module in pre_quant_scale:
+                extra.append(TensorSpec(f"{module}.pre_quant_scale", dtype, entry.shape[1:]))
+            units.append(replace(unit, outputs=(*unit.outputs, *extra)))
     for attention in sorted(quantizers.kv, key=natural):
         specs = tuple(TensorSpec(name, "F32", ()) for name in kv_scale_names(attention))
         units.append(Unit(f"{attention}.kv", None, None, specs))
@@ -167,31 +177,45 @@ def natural(name: str) -> list[tuple[int, int, str]]:
     return [(1, int(part), "") if part.isdigit() else (0, 0, part) for part in parts]
 
 
-def _quantized_unit(module: str, entry: TensorEntry, weight: WeightFormat, scaled: bool) -> Unit:
+def _quantized_unit(module: str, entry: TensorEntry, weight: WeightFormat) -> Unit:
     if entry.dtype not in FLOAT_DTYPES or len(entry.shape) != 2:
         raise InputError(
             f"{entry.name} is {entry.dtype}{list(entry.shape)}; only matrices in {', '.join(FLOAT_DTYPES)} "
             "can be quantized"
         )
     rows, columns = entry.shape
-    scalars = [TensorSpec(f"{module}.input_scale", "F32", ())] if scaled else []
-    if weight.format == "fp8":
-        specs = [
-            TensorSpec(entry.name, "F8_E4M3", (rows, columns)),
-            TensorSpec(f"{module}.weight_scale", "F32", ()),
-        ]
-        return Unit(entry.name, entry.name, weight, (*specs, *scalars))
-    if columns % weight.block_size:
+    if weight.block_size and columns % weight.block_size:
         raise InputError(
             f"{entry.name} has {columns} input channels, which {weight.format} blocks of {weight.block_size} "
             "do not divide; choose a recipe that leaves this module unquantized"
         )
-    specs = [
-        TensorSpec(entry.name, "U8", (rows, columns // 2)),
-        TensorSpec(f"{module}.weight_scale", "F8_E4M3", (rows, columns // weight.block_size)),
-        TensorSpec(f"{module}.weight_scale_2", "F32", ()),
-    ]
-    return Unit(entry.name, entry.name, weight, (*specs, *scalars))
+    if weight.format in ("int4_awq", "w4a8_awq") and rows % 2:
+        raise InputError(
+            f"{entry.name} has {rows} rows, of which {weight.format} packs two into a byte; choose a recipe "
+            "that leaves this module unquantized"
+        )
+    specs = tuple(
+        TensorSpec(f"{module}.{leaf}", dtype, shape)
+        for leaf, dtype, shape in _stored_tensors(weight, rows, columns)
+    )
+    return Unit(entry.name, entry.name, weight, specs)
+
+
+def _stored_tensors(weight: WeightFormat, rows: int, columns: int) -> list[tuple[str, str, tuple[int, ...]]]:
+    """(leaf, safetensors dtype, shape) of all that a format stores for a weight `[rows, columns]`."""
+    blocks = columns // weight.block_size if weight.block_size else 1
+    scale_2: tuple[str, str, tuple[int, ...]] = ("weight_scale_2", "F32", ())
+    match weight.format:
+        case "fp8":
+            return [("weight", "F8_E4M3", (rows, columns)), ("weight_scale", "F32", ())]
+        case "int8_sq":
+            return [("weight", "I8", (rows, columns)), ("weight_scale", "F32", (rows,))]
+        case "nvfp4":
+            scale = ("weight_scale", "F8_E4M3", (rows, blocks))
+            return [("weight", "U8", (rows, columns // 2)), scale, scale_2]
+        case "w4a8_awq":
+            return [("weight", "U8", (rows // 2, columns)), ("weight_scale", "F32", (rows, blocks)), scale_2]
+    return [("weight", "U8", (rows // 2, columns)), ("weight_scale", "F32", (rows, blocks))]
 
 
 def _refuse_duplicates(units: Sequence[Unit]) -> None:

@@ -2,8 +2,8 @@
 
 import json
 from collections import Counter
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 
 from stages.export.plan import Shard
 from stages.export.unify import PolicyUse
@@ -16,7 +16,9 @@ class ExportReport:
     """One export, for `export_report.json` and for the screen.
 
     formats: how many modules are stored in each format. tensors: output tensors, by dtype. nbytes: of tensor
-    data; source_nbytes: the source's. policies: every use. partial: the run was unfinished.
+    data; source_nbytes: the source's. policies: every use. partial: the run was unfinished. solver: the id of
+    the solutions applied, None for `max`. kept_at_one: fold site or module whose input a solver could not
+    scale → the reason.
     The remaining fields are of this process only and stay out of the file, which holds no times and no paths.
     """
 
@@ -28,6 +30,8 @@ class ExportReport:
     shards: dict[str, int]
     policies: tuple[PolicyUse, ...]
     partial: bool
+    solver: str | None = None
+    kept_at_one: Mapping[str, str] = field(default_factory=dict)
     already_finished: bool = False
     shards_written: int = 0
     shards_kept: int = 0
@@ -37,6 +41,7 @@ class ExportReport:
         """The bytes of `export_report.json`."""
         content = {
             "recipe": self.recipe,
+            "solver": self.solver,
             "formats": self.formats,
             "tensors": self.tensors,
             "bytes": self.nbytes,
@@ -47,6 +52,7 @@ class ExportReport:
                 {"policy": use.policy, "detail": use.detail, "quantizers": list(use.quantizers)}
                 for use in self.policies
             ],
+            "kept_at_one": dict(self.kept_at_one),
         }
         return (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode()
 
@@ -65,6 +71,8 @@ def describe(
     source_nbytes: int,
     policies: Sequence[PolicyUse],
     partial: bool,
+    solver: str | None,
+    kept_at_one: Mapping[str, str],
 ) -> ExportReport:
     """The report of a plan, before anything is written."""
     units = [unit for shard in shards for unit in shard.units]
@@ -81,4 +89,6 @@ def describe(
         shards={shard.file: shard.nbytes for shard in shards},
         policies=tuple(policies),
         partial=partial,
+        solver=solver,
+        kept_at_one=kept_at_one,
     )

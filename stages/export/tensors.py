@@ -1,36 +1,44 @@
 """Output tensors, one at a time: read from the source, checked against the run's identity, packed."""
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
-from stages.export.decide import Decisions
 from stages.export.identity import refuse_other_tensors
-from stages.export.pack import pack_fp8, pack_nvfp4, raw_bytes
-from stages.export.plan import Shard, Unit
-from stages.export.scales import stored
+from stages.export.pack import int4_scale, int8_scale, pack_fp8, pack_int4, pack_int8, pack_nvfp4, raw_bytes
+from stages.export.plan import Shard
+from stages.export.rescale import Rescaling
+from stages.export.scales import stored, stored_vector
 from stages.export.shards import Bytes, TensorSpec
+from stages.export.solved import Solved
+from stages.quantizers import WeightFormat
 from stages.weights import largest_magnitude, read_tensor
 from state.errors import InputError
 from state.source import Source
 
 
-class TensorMaker:
-    """Makes the bytes of a shard's tensors. Holds one packed weight at most.
+@dataclass(frozen=True)
+class Ingredients:
+    """What the tensors of a checkpoint are made from.
 
-    dtype: what a weight is cast to before it is packed, the dtype the model computes in.
+    digests: hub tensor → what the run recorded of it; weight_amax: module → its largest |w| there, float32
+    `[]`. scales: output tensor → float32 `[]`. solved: a solver's solutions, None for `max`.
     """
 
-    def __init__(
-        self,
-        source: Source,
-        digests: Mapping[str, str],
-        decisions: Decisions,
-        shard: Shard,
-        dtype: torch.dtype,
-    ) -> None:
-        self.source, self.digests, self.decisions, self.dtype = source, digests, decisions, dtype
+    source: Source
+    digests: Mapping[str, str]
+    weight_amax: Mapping[str, Tensor]
+    scales: Mapping[str, Tensor]
+    rescaling: Rescaling
+    solved: Solved | None = None
+
+
+class TensorMaker:
+    """Makes the bytes of a shard's tensors. Holds one packed weight at most."""
+
+    def __init__(self, ingredients: Ingredients, shard: Shard) -> None:
+        self.ingredients = ingredients
         self.unit_of = {spec.name: unit for unit in shard.units for spec in unit.outputs}
         self.pending: dict[str, Tensor] = {}
 
@@ -41,37 +49,67 @@ class TensorMaker:
         every such tensor, and InputError for a weight that is not finite or exceeds the amax the run holds
         for it.
         """
-        unit = self.unit_of[spec.name]
-        if unit.source is None or spec.name in self.decisions.scales:
-            return stored(self.decisions.scales[spec.name])
+        unit, given = self.unit_of[spec.name], self.ingredients
+        if unit.source is None or spec.name in given.scales:
+            return stored(given.scales[spec.name])
         if unit.format is None:
             self._check(unit.source)
-            return self.source.read(unit.source)
-        if spec.name not in self.pending:
+            return self._unquantized(unit.source)
+        module, _, leaf = spec.name.rpartition(".")
+        if leaf == "pre_quant_scale":
+            return stored_vector(given.rescaling.pre_quant_scale(module))
+        if leaf == "weight":
             self._check(unit.source)
-            self.pending = self._pack(unit)
+        if spec.name not in self.pending:
+            self.pending = self._quantized(unit.format, module, leaf)
         return raw_bytes(self.pending.pop(spec.name))
 
     def _check(self, name: str) -> None:
-        found = self.source.digest(name)
-        if found != self.digests.get(name):
-            refuse_other_tensors(self.source, self.digests, self.source.digests(threads=2) | {name: found})
+        source, digests = self.ingredients.source, self.ingredients.digests
+        found = source.digest(name)
+        if found != digests.get(name):
+            refuse_other_tensors(source, digests, source.digests(threads=2) | {name: found})
 
-    def _pack(self, unit: Unit) -> dict[str, Tensor]:
-        assert unit.source is not None and unit.format is not None
-        module = unit.source.removesuffix(".weight")
-        weight = read_tensor(self.source, unit.source).to(self.dtype)
+    def _unquantized(self, name: str) -> Bytes:
+        source, rescaling = self.ingredients.source, self.ingredients.rescaling
+        if not rescaling.changes(name):
+            return source.read(name)
+        return raw_bytes(rescaling.to_store(name, read_tensor(source, name)))
+
+    def _quantized(self, weight_format: WeightFormat, module: str, leaf: str) -> dict[str, Tensor]:
+        """The weight or the block scales of a module; both for NVFP4, as a shard has them side by side."""
+        solved = self.ingredients.solved
+        rounded = solved.rounded(module, leaf) if solved is not None else None
+        if rounded is not None:
+            return {f"{module}.{leaf}": rounded}
+        weight, block = self._weight(module), weight_format.block_size
+        block_amax = solved.block_amax(module) if solved is not None else None
+        match weight_format.format:
+            case "nvfp4":
+                scale_2 = self.ingredients.scales[f"{module}.weight_scale_2"]
+                packed, scale = pack_nvfp4(weight, scale_2, block, block_amax)
+                return {f"{module}.weight": packed, f"{module}.weight_scale": scale}
+            case "fp8":
+                return {
+                    f"{module}.weight": pack_fp8(weight, self.ingredients.scales[f"{module}.weight_scale"])
+                }
+            case "int8_sq":
+                scale = int8_scale(weight)
+                return {f"{module}.{leaf}": scale if leaf == "weight_scale" else pack_int8(weight, scale)}
+        scale = int4_scale(weight, block, block_amax)
+        return {f"{module}.{leaf}": scale if leaf == "weight_scale" else pack_int4(weight, scale, block)}
+
+    def _weight(self, module: str) -> Tensor:
+        """The weight as it is to be packed."""
+        name, given = f"{module}.weight", self.ingredients
+        weight = read_tensor(given.source, name).to(given.rescaling.dtype)
         largest = largest_magnitude(weight.reshape(-1))
-        recorded = self.decisions.weight_amax[module]
+        recorded = given.weight_amax[module]
         if not bool(largest.isfinite()):
-            raise InputError(f"{unit.source} holds values that are not finite; repair the source checkpoint")
+            raise InputError(f"{name} holds values that are not finite; repair the source checkpoint")
         if largest > recorded:
             raise InputError(
-                f"{unit.source} reaches {largest.item():g} but the run's weight amax is {recorded.item():g}; "
+                f"{name} reaches {largest.item():g} but the run's weight amax is {recorded.item():g}; "
                 "the run was captured from other weights: give those as --model"
             )
-        if unit.format.format == "fp8":
-            return {unit.source: pack_fp8(weight, self.decisions.scales[f"{module}.weight_scale"])}
-        scale_2 = self.decisions.scales[f"{module}.weight_scale_2"]
-        packed, scale = pack_nvfp4(weight, scale_2, unit.format.block_size)
-        return {unit.source: packed, f"{module}.weight_scale": scale}
+        return given.rescaling.to_pack(module, weight)

@@ -1,4 +1,5 @@
-"""Kills calibrate and export at random moments, gives the same command again and compares every byte.
+"""Kills calibrate, whole and layer by layer with GPTQ, and export at random moments, gives the same command
+again and compares every byte.
 
 `make crash-test`, or `python -m tests.crash --kills 20 --seed 7`. Processes are forked from one that has
 imported torch but never used it, so that the kills fall into the work and not into the imports.
@@ -27,6 +28,7 @@ from stages.settings import CalibrateSettings, ExportSettings
 from state.durable import Disk
 from state.recovery import published
 
+GPTQ = "general/ptq/nvfp4_default-kv_none-gptq"
 SHARD_SIZE = 200_000  # some 15 shards
 LATEST = 0.97  # of the time that writing takes undisturbed: later kills often come too late
 POLL = 0.005
@@ -61,17 +63,22 @@ def main() -> int:
     folder = Path(tempfile.mkdtemp(prefix="holdfast-crash-"))
     run_to_end(lambda _: make_demo(folder / "demo"), folder, folder / "demo")
 
-    def measure(trial: Path) -> None:
-        settings = CalibrateSettings(
-            model=str(folder / "demo" / "model"),
-            data=str(folder / "demo" / "text.jsonl"),
-            run=trial / "run",
-            samples=120,
-            seq=64,
-            batch=2,
-            commit_every=0.1,
-        )
-        calibrate(settings.model_copy(update={"run": Path("run")}), PlainProgress(print))
+    settings = CalibrateSettings(
+        model=str(folder / "demo" / "model"),
+        data=str(folder / "demo" / "text.jsonl"),
+        run=Path("run"),
+        samples=120,
+        seq=64,
+        batch=2,
+        commit_every=0.1,
+    )
+
+    def measure(_trial: Path) -> None:
+        calibrate(settings, PlainProgress(print))
+
+    def solve(_trial: Path) -> None:
+        layers = {"recipe": GPTQ, "schedule": "layerwise", "batch": 30, "activation_memory": 1}
+        calibrate(settings.model_copy(update=layers), PlainProgress(print))
 
     def write(trial: Path) -> None:
         settings = ExportSettings(
@@ -80,13 +87,14 @@ def main() -> int:
         export(settings, PlainProgress(print))
 
     run = Stage("calibrate", measure, "run/HEAD", content_of_run, how_far_run)
+    solutions = Stage("solve", solve, "run/HEAD", content_of_run, how_far_run)
     checkpoint = Stage("export", write, "out.partial", content_of_export, how_far_export)
-    failed = sum(kill_often(stage, folder, arguments.kills, chance) for stage in (run, checkpoint))
+    failed = sum(kill_often(stage, folder, arguments.kills, chance) for stage in (run, solutions, checkpoint))
     if failed:
         print(f"{failed} trials differ or failed; all files are kept in {folder}")
         return 1
     shutil.rmtree(folder)
-    print(f"{2 * arguments.kills} kills, {2 * arguments.kills} identical ends")
+    print(f"{3 * arguments.kills} kills, {3 * arguments.kills} identical ends")
     return 0
 
 

@@ -54,9 +54,26 @@ def test_values_a_recipe_fixes(skeleton: Skeleton) -> None:
 
 
 @pytest.mark.parametrize(
+    ("recipe", "weight", "inputs"),
+    [
+        ("nvfp4_awq_full", WeightFormat("nvfp4", 16), True),
+        ("general/ptq/nvfp4_default-kv_none-gptq", WeightFormat("nvfp4", 16), True),
+        ("int4_awq", WeightFormat("int4_awq", 128), False),
+        ("w4a8_awq_beta", WeightFormat("w4a8_awq", 128), True),
+        ("int8_smoothquant", WeightFormat("int8_sq", 0), True),
+    ],
+)
+def test_recipes_with_a_solver(skeleton: Skeleton, recipe: str, weight: WeightFormat, inputs: bool) -> None:
+    plan = plan_quantizers(skeleton, resolve(recipe))
+    assert len(plan.weights) == 32 and set(plan.weights.values()) == {weight}
+    assert plan.inputs.keys() == (plan.weights.keys() if inputs else set())
+
+
+@pytest.mark.parametrize(
     ("recipe", "named"),
     [
-        ("nvfp4_awq_lite", "'awq_lite'"),
+        ("nvfp4_svdquant", "'svdquant'"),
+        ("int8_weight_only", "'int8_wo'"),
         ("mxfp8", "'mxfp8'"),
         ("mxfp6", "num_bits=(3, 2)"),
         ("nvfp4_fp8_mha", "model.layers.0.self_attn.p_bmm_quantizer"),

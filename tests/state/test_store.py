@@ -137,6 +137,10 @@ def test_solutions_are_written_once_and_named_by_all_later_heads(finished: Path)
     stored = reader.solution("awq-test", 2)
     np.testing.assert_array_equal(stored.arrays["order"], np.array([1, 0]))
     assert stored.attributes == {"alpha": 0.5}
+    assert list(stored.arrays) == ["order", "scale"] and len(stored.arrays) == 2
+    assert "losses" not in stored.arrays
+    with pytest.raises(KeyError, match="losses"):
+        stored.arrays["losses"]
     with pytest.raises(InputError, match="no solution of 'awq-test' for layer 9"):
         reader.solution("awq-test", 9)
 

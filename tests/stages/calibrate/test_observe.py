@@ -48,7 +48,7 @@ def observe(folder: Path, model: PreTrainedModel, tokens: torch.Tensor, batch: i
     skeleton = Skeleton(load_config(folder), Source.open(folder).tensors)
     statistics = Accumulators(plan_layout(skeleton, probe(skeleton, model)), model.device)
     record_weights(skeleton, model, statistics)
-    with observed(skeleton, model, statistics):
+    with observed(skeleton, model, statistics.layout, statistics):
         for windows in tokens.split(batch):
             forward(model, windows)
     return statistics
@@ -60,7 +60,7 @@ def test_logits_are_bit_equal_with_observers(folder: Path) -> None:
     statistics = Accumulators(plan_layout(skeleton, probe(skeleton, model)), model.device)
     with torch.inference_mode():
         before = model(TOKENS, use_cache=False).logits
-        with observed(skeleton, model, statistics):
+        with observed(skeleton, model, statistics.layout, statistics):
             during = model(TOKENS, use_cache=False).logits
         after = model(TOKENS, use_cache=False).logits
     assert torch.equal(before, during) and torch.equal(before, after)

@@ -219,7 +219,7 @@ def test_a_second_process_is_refused(inputs: Path, undisturbed: Path, tmp_path: 
     ("changes", "message"),
     [
         ({"model": "/nowhere/at/all"}, "there is no folder /nowhere/at/all"),
-        ({"recipe": "nvfp4_awq_lite"}, "'awq_lite'"),
+        ({"recipe": "nvfp4_svdquant"}, "'svdquant'"),
         ({"device": "cuda:99"}, "DEVICE 'cuda:99'"),
         ({"data": "/nowhere.jsonl"}, "/nowhere.jsonl: no such file"),
     ],

@@ -53,6 +53,39 @@ def test_fp8_makes_three() -> None:
     )
 
 
+@pytest.mark.parametrize(
+    ("weight", "expected"),
+    [
+        (WeightFormat("int4_awq", 128), {"weight": ("U8", (4, 256)), "weight_scale": ("F32", (8, 2))}),
+        (
+            WeightFormat("w4a8_awq", 128),
+            {"weight": ("U8", (4, 256)), "weight_scale": ("F32", (8, 2)), "weight_scale_2": ("F32", ())},
+        ),
+        (WeightFormat("int8_sq", 0), {"weight": ("I8", (8, 256)), "weight_scale": ("F32", (8,))}),
+    ],
+)
+def test_integer_formats(weight: WeightFormat, expected: dict[str, tuple[str, tuple[int, ...]]]) -> None:
+    (unit,) = plan_units(source(up__weight=("BF16", (8, 256))), quantizers(weights={"up": weight}))
+    found = {spec.name.removeprefix("up."): (spec.dtype, spec.shape) for spec in unit.outputs}
+    assert found == expected
+
+
+def test_a_separate_scale_is_a_vector_beside_its_weight() -> None:
+    plan = quantizers(weights={"up": NVFP4, "down": NVFP4})
+    units = plan_units(
+        source(up__weight=("F32", (8, 32)), down__weight=("F32", (8, 32))), plan, (), {"up"}, "F16"
+    )
+    names = {spec.name: (spec.dtype, spec.shape) for unit in units for spec in unit.outputs}
+    assert names["up.pre_quant_scale"] == ("F16", (32,))
+    assert "down.pre_quant_scale" not in names
+
+
+def test_int4_needs_pairs_of_rows() -> None:
+    plan = quantizers(weights={"up": WeightFormat("int4_awq", 128)})
+    with pytest.raises(InputError, match=r"up\.weight has 7 rows, of which int4_awq packs two into a byte"):
+        plan_units(source(up__weight=("BF16", (7, 128))), plan)
+
+
 def test_inputs_left_out_have_no_scale() -> None:
     tensors = source(up__weight=("BF16", (8, 32)))
     by_recipe = plan_units(tensors, quantizers(weights={"up": NVFP4}))

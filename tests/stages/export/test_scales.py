@@ -22,9 +22,12 @@ def scalar(value: float) -> torch.Tensor:
 def test_powers_of_the_format_maxima() -> None:
     assert scales.input_scale("nvfp4", scalar(6.0 * 448.0)).item() == 1.0
     assert scales.input_scale("fp8", scalar(448.0)).item() == 1.0
-    assert scales.weight_scale_2(scalar(2688.0)).item() == 1.0
+    assert scales.weight_scale_2("nvfp4", scalar(2688.0)).item() == 1.0
     assert scales.fp8_weight_scale(scalar(224.0)).item() == 0.5
     assert scales.kv_scale(scalar(896.0)).item() == 2.0
+    assert scales.input_scale("int8_sq", scalar(254.0)).item() == 2.0
+    assert scales.input_scale("w4a8_awq", scalar(448.0)).item() == 1.0
+    assert scales.weight_scale_2("w4a8_awq", scalar(448.0)).item() == 1.0
 
 
 @pytest.mark.parametrize("amax", [0.1, 3.0, 7.84375, 1e-6, 1234.5])
@@ -42,7 +45,7 @@ def test_bits_are_those_of_modelopts_quantizers(amax: float) -> None:
     assert scales.input_scale("fp8", scalar(amax)).equal(get_scaling_factor(fp8).squeeze())
     assert scales.input_scale("nvfp4", scalar(amax)).equal(NVFP4QTensor.get_activation_scaling_factor(nvfp4))
     second = NVFP4QTensor.get_weights_scaling_factor_2_from_quantizer(nvfp4)
-    assert scales.weight_scale_2(scalar(amax)).equal(second)
+    assert scales.weight_scale_2("nvfp4", scalar(amax)).equal(second)
 
 
 def share(formats: dict[str, WeightFormat], amax: dict[str, float], **groups: list) -> dict[str, float]:
@@ -74,6 +77,13 @@ def test_fp8_shares_only_within_an_expert_stored_fused() -> None:
     assert share(formats, amax, same_input=groups, engine_fused=groups) == amax
 
 
+def test_w4a8_shares_and_formats_without_a_tensor_scale_have_none() -> None:
+    w4a8, int8 = WeightFormat("w4a8_awq", 128), WeightFormat("int8_sq", 0)
+    formats = {Q: w4a8, K: w4a8, UP: int8, DOWN: WeightFormat("int4_awq", 128)}
+    shared = share(formats, {Q: 1.0, K: 2.0, UP: 3.0, DOWN: 4.0}, same_input=[(Q, K)])
+    assert shared == {Q: 2.0, K: 2.0}
+
+
 def test_formats_are_never_mixed_in_a_group() -> None:
     shared = share({Q: NVFP4, K: FP8}, {Q: 1.0, K: 2.0}, same_input=[(Q, K)])
     assert shared == {Q: 1.0, K: 2.0}
@@ -99,3 +109,13 @@ def test_stored_bytes() -> None:
 def test_unusable_scales_are_never_stored(bad: float) -> None:
     with pytest.raises(ValueError, match="not finite and positive"):
         scales.stored(scalar(bad))
+
+
+def test_stored_vectors_keep_their_dtype() -> None:
+    assert bytes(scales.stored_vector(torch.tensor([1.0, 0.5], dtype=torch.bfloat16))) == b"\x80\x3f\x00\x3f"
+
+
+@pytest.mark.parametrize("bad", [0.0, -1.0, math.nan, math.inf])
+def test_unusable_vectors_are_never_stored(bad: float) -> None:
+    with pytest.raises(ValueError, match="not finite and positive"):
+        scales.stored_vector(torch.tensor([1.0, bad]))

@@ -2,23 +2,24 @@
 
 import math
 import struct
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import save_file
 
-from stages.export.decide import Decisions
 from stages.export.plan import Shard, Unit
+from stages.export.rescale import Rescaling
 from stages.export.shards import TensorSpec
-from stages.export.tensors import TensorMaker
+from stages.export.tensors import Ingredients, TensorMaker
 from stages.quantizers import WeightFormat
 from state.errors import IdentityMismatch, InputError
 from state.source import Source
 
 WEIGHT = torch.tensor([[6.0, -3.0] * 8])
 NORM = torch.tensor([1.5], dtype=torch.float32)
-NVFP4, FP8 = WeightFormat("nvfp4", 16), WeightFormat("fp8", 0)
+NVFP4, FP8, INT8 = WeightFormat("nvfp4", 16), WeightFormat("fp8", 0), WeightFormat("int8_sq", 0)
 
 
 def maker(
@@ -33,20 +34,20 @@ def maker(
     save_file(tensors, folder / "model.safetensors")
     source = Source.open(folder)
     columns = weight.shape[1]
-    scale = TensorSpec("up.weight_scale", "F32", ()), TensorSpec("up.weight", "F8_E4M3", (1, columns))
-    blocks = (
-        TensorSpec("up.weight_scale", "F8_E4M3", (1, columns // 16)),
-        TensorSpec("up.weight", "U8", (1, columns // 2)),
-    )
+    parts = {
+        FP8: [("weight_scale", "F32", ()), ("weight", "F8_E4M3", (1, columns))],
+        INT8: [("weight_scale", "F32", (1,)), ("weight", "I8", (1, columns))],
+        NVFP4: [("weight_scale", "F8_E4M3", (1, columns // 16)), ("weight", "U8", (1, columns // 2))],
+    }[weight_format]
+    specs = tuple(TensorSpec(f"up.{leaf}", dtype, shape) for leaf, dtype, shape in parts)
     units = (
-        Unit("up.weight", "up.weight", weight_format, scale if weight_format == FP8 else blocks),
+        Unit("up.weight", "up.weight", weight_format, specs),
         Unit("norm.weight", "norm.weight", None, (TensorSpec("norm.weight", "F32", (1,)),)),
     )
-    step = {FP8: ("up.weight_scale", 448.0), NVFP4: ("up.weight_scale_2", 2688.0)}[weight_format]
-    decisions = Decisions(
-        {step[0]: torch.tensor(amax / step[1])}, {"up": torch.tensor(amax)}, frozenset(), ()
-    )
-    return TensorMaker(source, source.digests(1), decisions, Shard("model.safetensors", units), dtype)
+    steps = {FP8: {"up.weight_scale": 448.0}, NVFP4: {"up.weight_scale_2": 2688.0}}.get(weight_format, {})
+    scales = {name: torch.tensor(amax / step) for name, step in steps.items()}
+    given = Ingredients(source, source.digests(1), {"up": torch.tensor(amax)}, scales, Rescaling(dtype))
+    return TensorMaker(given, Shard("model.safetensors", units))
 
 
 def made(maker: TensorMaker, name: str) -> bytes:
@@ -66,6 +67,15 @@ def test_a_packed_weight_and_its_block_scales_are_made_together(tmp_path: Path) 
     assert made(one, "up.weight") == bytes([0x7 | 0xD << 4] * 8)
     assert set(one.pending) == {"up.weight_scale"}
     assert made(one, "up.weight_scale") == bytes([0x7E])  # 448 in e4m3
+    assert one.pending == {}
+
+
+def test_integer_formats_keep_nothing_between_a_scale_and_its_weight(tmp_path: Path) -> None:
+    # A shard has all float32 scales before the first packed weight.
+    one = maker(tmp_path, torch.tensor([[127.0, -1.0] * 8]), INT8, 127.0)
+    assert made(one, "up.weight_scale") == struct.pack("<f", 1.0)
+    assert one.pending == {}
+    assert made(one, "up.weight") == bytes([0x7F, 0xFF] * 8)
     assert one.pending == {}
 
 
@@ -94,7 +104,8 @@ def test_weights_that_are_not_finite_are_refused(tmp_path: Path, bad: float) -> 
 @pytest.mark.parametrize("name", ["up.weight", "norm.weight"])
 def test_tensors_of_another_model_are_refused_all_at_once(tmp_path: Path, name: str) -> None:
     one = maker(tmp_path, WEIGHT, NVFP4, 6.0)
-    one.digests = {**one.digests, name: "F32[1] xxh3:0", "extra": "F32[1] xxh3:1"}
+    recorded = {**one.ingredients.digests, name: "F32[1] xxh3:0", "extra": "F32[1] xxh3:1"}
+    one.ingredients = replace(one.ingredients, digests=recorded)
     with pytest.raises(IdentityMismatch) as caught:
         made(one, name)
     assert {difference.field for difference in caught.value.differences} == {

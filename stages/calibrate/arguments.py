@@ -1,0 +1,203 @@
+"""What the parent model hands to each decoder layer beside the hidden state: masks, rotary embeddings.
+
+Found by running the parent with stand-ins in place of its layers, which record their arguments and hand the
+hidden state on. Nothing of a layer is computed, so the capture needs only the weights outside the layers.
+"""
+
+from collections.abc import Callable, Iterator, MutableMapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from stages.calibrate.calls import Carried, Hidden, LayerCall, Leaf, Returned, differing
+from stages.calibrate.decoder import Decoder, LayerwiseUnsupported
+from stages.calibrate.head import without_logits
+
+MOST_RETURNS = 3
+"""The longest tuple that decoder layers are known to return."""
+
+
+@dataclass(frozen=True)
+class Capture:
+    """One forward of the parent: the hidden state that enters layer 0, and the call of every layer."""
+
+    hidden: torch.Tensor
+    calls: tuple[LayerCall, ...]
+
+
+def examine(decoder: Decoder, tokens: torch.Tensor) -> int:
+    """Check with one batch of token ids [batch, seq] that the layers can be called one by one. Returns how
+    many values the parent takes from each layer: 0 for a bare tensor, else the length of the tuple.
+
+    Raises:
+        LayerwiseUnsupported: the parent changes the hidden state between layers, computes arguments from it,
+            calls the layers in another order than stored, or hands them something that can't be replayed.
+    """
+    reasons = []
+    for returns in range(MOST_RETURNS + 1):
+        try:
+            taken = capture(decoder, tokens, returns)
+            break
+        except LayerwiseUnsupported as reason:
+            reasons.append(reason)
+    else:
+        raise reasons[0]
+    # An argument computed from hidden states would be wrong here and show it only under another hidden state.
+    other = capture(decoder, tokens, returns, altered=True)
+    for layer, calls in enumerate(zip(taken.calls, other.calls, strict=True)):
+        if differing(*calls):
+            raise LayerwiseUnsupported(
+                f"{decoder.model_name} computes arguments of {decoder.name(layer)} from hidden states"
+            )
+    return returns
+
+
+def capture(decoder: Decoder, tokens: torch.Tensor, returns: int, altered: bool = False) -> Capture:
+    """Record the calls of all layers for a batch of token ids [batch, seq]; raises as `examine` does.
+
+    altered: have layer 0 hand on another hidden state than it was given.
+    """
+    stand_ins = _StandIns(decoder, returns)
+    if altered:
+        stand_ins.outputs[0] = lambda hidden: hidden * 0.5 + 1
+    # Not inference mode: its tensors have no version counter, by which in-place changes are noticed.
+    with stand_ins.installed(), without_logits(decoder.model), torch.no_grad():
+        try:
+            decoder.model(input_ids=tokens, use_cache=False)
+        except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
+            raise LayerwiseUnsupported(
+                f"{decoder.model_name} takes something else from its layers than hidden states ({error})"
+            ) from error
+    if len(stand_ins.calls) != len(decoder.layers):
+        raise LayerwiseUnsupported(
+            f"{decoder.model_name} called {len(stand_ins.calls)} of its {len(decoder.layers)} layers"
+        )
+    return Capture(stand_ins.handed[0], tuple(stand_ins.calls))
+
+
+def finish(decoder: Decoder, tokens: torch.Tensor, hidden: torch.Tensor, returns: int) -> torch.Tensor:
+    """What the parent makes of the last layer's output: the output head's input, [batch, seq, hidden]."""
+    found: list[torch.Tensor] = []
+    stand_ins = _StandIns(decoder, returns)
+    stand_ins.outputs[len(decoder.layers) - 1] = lambda _: hidden
+    with stand_ins.installed(), without_logits(decoder.model, found.append), torch.no_grad():
+        decoder.model(input_ids=tokens, use_cache=False)
+    return found[0]
+
+
+@dataclass(frozen=True)
+class _Extra:
+    """What a stand-in returns for a value beside the hidden state."""
+
+    layer: int
+    place: int
+
+
+class _StandIns:
+    """The recording shared by the stand-ins of one forward.
+
+    outputs: layers that hand on something else than the hidden state they were given, as functions of it.
+    """
+
+    def __init__(self, decoder: Decoder, returns: int) -> None:
+        self.decoder = decoder
+        self.returns = returns
+        self.outputs: dict[int, Callable[[torch.Tensor], torch.Tensor]] = {}
+        self.calls: list[LayerCall] = []
+        # The hidden state that entered layer 0, then each stand-in's result.
+        self.handed: list[torch.Tensor] = []
+        self.version = 0
+        # Empty mappings that layers are given to fill, by argument.
+        self.shared: dict[str, MutableMapping[Any, Any]] = {}
+
+    @contextmanager
+    def installed(self) -> Iterator[None]:
+        """Put the stand-ins in place of the layers."""
+        layers = list(self.decoder.layers)
+        for index, layer in enumerate(layers):
+            self.decoder.layers[index] = _StandIn(self, index, layer)
+        try:
+            yield
+        finally:
+            for index, layer in enumerate(layers):
+                self.decoder.layers[index] = layer
+
+    def called(self, index: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Record the call of layer `index` and return the hidden state, in a tuple where layers do."""
+        if index != len(self.calls):
+            raise LayerwiseUnsupported(
+                f"{self.decoder.name(index)} is called when {self.decoder.name(len(self.calls))} should be"
+            )
+        hidden = args[0] if args else kwargs.get("hidden_states")
+        if not isinstance(hidden, torch.Tensor):
+            raise LayerwiseUnsupported(f"{self.decoder.name(index)} is not called with a hidden state first")
+        if index == 0:
+            self.handed.append(hidden)
+        elif hidden is not self.handed[-1] or hidden._version != self.version:
+            raise LayerwiseUnsupported(
+                f"{self.decoder.model_name} changes the hidden state "
+                f"between {self.decoder.name(index - 1)} and {self.decoder.name(index)}"
+            )
+        self.calls.append(self._call(index, hidden, args, kwargs))
+        # Each result is a tensor of its own, though of the same memory, to be told from those before it.
+        result = self.outputs.get(index, torch.Tensor.detach)(hidden)
+        self.handed.append(result)
+        self.version = result._version
+        if not self.returns:
+            return result
+        return (result, *(_Extra(index, place) for place in range(1, self.returns)))
+
+    def _call(
+        self, index: int, hidden: torch.Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> LayerCall:
+        leaves: list[Any] = []
+
+        def template(value: Any, name: str) -> Any:
+            if value is hidden:
+                return Hidden()
+            if isinstance(value, torch.Tensor) and any(value is earlier for earlier in self.handed[1:]):
+                raise LayerwiseUnsupported(
+                    f"argument {name} of {self.decoder.name(index)} is an earlier layer's output"
+                )
+            match value:
+                case dict():
+                    return {key: template(item, name) for key, item in value.items()}
+                case list() | tuple():
+                    return type(value)(template(item, name) for item in value)
+                case None | torch.Tensor() | bool() | int() | float() | str():
+                    leaves.append(value)
+                    return Leaf(len(leaves) - 1)
+            raise LayerwiseUnsupported(
+                f"argument {name} of {self.decoder.name(index)} can't be replayed: a {type(value).__name__}"
+            )
+
+        def argument(value: Any, name: str) -> Any:
+            match value:
+                case _Extra(layer, place) if layer == index - 1:
+                    return Returned(place)
+                case MutableMapping() if not value and value is self.shared.setdefault(name, value):
+                    return Carried(name, type(value))
+            return template(value, name)
+
+        positional = tuple(argument(value, f"{place}") for place, value in enumerate(args))
+        named = {name: argument(value, name) for name, value in kwargs.items()}
+        return LayerCall((positional, named), tuple(leaves))
+
+
+class _StandIn(nn.Module):
+    """Takes the place of a decoder layer; whatever its parent reads from it is the layer's own."""
+
+    def __init__(self, stand_ins: _StandIns, index: int, layer: nn.Module) -> None:
+        super().__init__()
+        # Past nn.Module's own bookkeeping: the layer must not become a submodule here.
+        self.__dict__.update(_stand_ins=stand_ins, _index=index, _layer=layer)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.__dict__["_layer"], name)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Record the call."""
+        return self._stand_ins.called(self._index, args, kwargs)

@@ -1,0 +1,238 @@
+"""Recorded calls of decoder layers, and how to make them again for every batch.
+
+Most arguments (masks, rotary embeddings) are equal for all batches of a shape and kept once. Those that
+differ (Gemma 4's per-layer inputs) are kept per batch. State that layers hand on through a shared mapping is
+filled in and taken out again.
+"""
+
+import json
+from collections.abc import Callable, Mapping, MutableMapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from stages.calibrate.decoder import LayerwiseUnsupported
+from stages.calibrate.hidden import HIDDEN, Buffer, Limits, State, open_buffer
+
+
+@dataclass(frozen=True)
+class Leaf:
+    """Stands in a template for the leaf (tensor, number, None) of this index."""
+
+    index: int
+
+
+@dataclass(frozen=True)
+class Hidden:
+    """Stands in a template for the hidden state."""
+
+
+@dataclass(frozen=True)
+class Carried:
+    """Stands in a template for a mapping of type `kind` through which layers hand state to later layers
+    (Gemma's `shared_kv_states`). `name`: the argument it comes in."""
+
+    name: str
+    kind: type
+
+
+@dataclass(frozen=True)
+class Returned:
+    """Stands in a template for what the layer before returned at this place of its tuple (GLM's top-k
+    indices)."""
+
+    place: int
+
+
+@dataclass(frozen=True)
+class LayerCall:
+    """One call of a layer: `template` is (args, kwargs) with Leaf, Hidden, Carried and Returned in it."""
+
+    template: Any
+    leaves: tuple[Any, ...]
+
+    def carried(self) -> dict[str, type]:
+        """Name and type of each mapping that carries state from layer to layer."""
+        return {value.name: value.kind for value in self._arguments() if isinstance(value, Carried)}
+
+    def returned(self) -> set[int]:
+        """Places of the values that the layer before must return for this call."""
+        return {value.place for value in self._arguments() if isinstance(value, Returned)}
+
+    def _arguments(self) -> tuple[Any, ...]:
+        args, kwargs = self.template
+        return (*args, *kwargs.values())
+
+    def fill(self, replace: Callable[[Any], Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """(args, kwargs), with `replace` called for everything that stands in the template."""
+
+        def filled(value: Any) -> Any:
+            if isinstance(value, dict):
+                return {key: filled(item) for key, item in value.items()}
+            if isinstance(value, list | tuple):
+                return type(value)(filled(item) for item in value)
+            return replace(value)
+
+        args, kwargs = self.template
+        return filled(args), filled(kwargs)
+
+
+def differing(call: LayerCall, other: LayerCall) -> list[int]:
+    """Indices of the tensor leaves with other values in `other`.
+
+    Raises:
+        LayerwiseUnsupported: the calls differ in anything else.
+    """
+    if call.template != other.template:
+        raise LayerwiseUnsupported("a layer's arguments change their structure from batch to batch")
+    found = []
+    for index, (left, right) in enumerate(zip(call.leaves, other.leaves, strict=True)):
+        if isinstance(left, torch.Tensor) and isinstance(right, torch.Tensor):
+            if not torch.equal(left, right):
+                found.append(index)
+        elif isinstance(left, torch.Tensor) or isinstance(right, torch.Tensor) or left != right:
+            raise LayerwiseUnsupported(
+                f"a layer's argument changes from {left!r} to {right!r} from batch to batch"
+            )
+    return found
+
+
+class Calls:
+    """The calls of all layers for all batches.
+
+    Args:
+        folder: for arguments that differ from batch to batch and don't fit in memory.
+        batches: how many there are.
+    """
+
+    def __init__(self, folder: Path, batches: int, device: torch.device, limits: Limits) -> None:
+        self._folder = folder
+        self._batches = batches
+        self._device = device
+        self._limits = limits
+        self._shape_of: dict[int, torch.Size] = {}
+        self._calls: dict[torch.Size, tuple[LayerCall, ...]] = {}
+        self._own: dict[int, Buffer] = {}
+        self._has_own: set[tuple[int, int]] = set()
+
+    def add(self, batch: int, shape: torch.Size, calls: tuple[LayerCall, ...]) -> None:
+        """Keep what the parent handed to each layer for a batch of tokens of this shape.
+
+        Raises:
+            LayerwiseUnsupported: the calls are built otherwise than those of an earlier batch of this shape.
+        """
+        self._shape_of[batch] = shape
+        kept = self._calls.setdefault(shape, calls)
+        for layer, (call, other) in enumerate(zip(kept, calls, strict=True)):
+            own = {str(index): other.leaves[index] for index in differing(call, other)}
+            if own:
+                self._buffer(layer, len(calls), own).write(batch, own)
+                self._has_own.add((layer, batch))
+
+    def _buffer(self, layer: int, layers: int, own: State) -> Buffer:
+        if layer not in self._own:
+            needed = layers * self._batches * sum(value.nbytes for value in own.values())
+            path = self._folder / f"{layer:06d}.raw"
+            self._own[layer] = open_buffer(path, self._device, needed, self._limits)
+        return self._own[layer]
+
+    def bind(self, layer: int, batch: int, state: State) -> "BoundCall":
+        """The call of a layer for a batch whose state is given."""
+        calls = self._calls[self._shape_of[batch]]
+        call = calls[layer]
+        carried = {name: kind() for name, kind in call.carried().items()}
+        unpack_carried(state, carried)
+        own = self._own[layer].read(batch) if (layer, batch) in self._has_own else {}
+
+        def replace(value: Any) -> Any:
+            match value:
+                case Hidden():
+                    return state[HIDDEN]
+                case Leaf(index):
+                    return own.get(str(index), call.leaves[index])
+                case Carried(name, _):
+                    return carried[name]
+                case Returned(place):
+                    return state.get(returned_name(place))
+
+        args, kwargs = call.fill(replace)
+        wanted = calls[layer + 1].returned() if layer + 1 < len(calls) else set()
+        return BoundCall(args, kwargs, carried, wanted)
+
+    def drop(self, layer: int) -> None:
+        """Let go of a layer's per-batch arguments."""
+        if layer in self._own:
+            self._own.pop(layer).drop()
+
+    def close(self) -> None:
+        """Let go of everything."""
+        for layer in list(self._own):
+            self.drop(layer)
+        self._calls.clear()
+
+
+@dataclass(frozen=True)
+class BoundCall:
+    """A layer's call with everything filled in.
+
+    carried: the mappings among the arguments, which the layer may change. wanted: places of the values beside
+    the hidden state that the next layer needs of this one.
+    """
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    carried: dict[str, MutableMapping[Any, Any]]
+    wanted: set[int]
+
+    def run(self, module: nn.Module, returns: int) -> State:
+        """The state after the layer. returns: what `examine` found the parent to take from each layer.
+
+        Raises:
+            LayerwiseUnsupported: the layer returns something else.
+        """
+        output = module(*self.args, **self.kwargs)
+        values = output if isinstance(output, tuple) else (output,)
+        if isinstance(output, tuple) != bool(returns) or not isinstance(values[0], torch.Tensor):
+            raise LayerwiseUnsupported(f"{type(module).__name__} returns a {type(output).__name__}")
+        extras = {returned_name(place): values[place] for place in self.wanted if values[place] is not None}
+        return {HIDDEN: values[0], **extras, **pack_carried(self.carried)}
+
+
+def returned_name(place: int) -> str:
+    """Name in a State of what a layer returned at a place of its tuple."""
+    return json.dumps([place])
+
+
+def pack_carried(carried: Mapping[str, Mapping[Any, Any]]) -> State:
+    """Tensors of carried mappings by name: the JSON of [argument, key], or [argument, key, place] in a tuple.
+
+    Raises:
+        LayerwiseUnsupported: a mapping holds anything but tensors and tuples of them, by string or integer.
+    """
+    packed: State = {}
+    for name, mapping in carried.items():
+        for key, value in mapping.items():
+            items: dict[tuple[Any, ...], Any] = {(name, key): value}
+            if isinstance(value, tuple):
+                items = {(name, key, place): item for place, item in enumerate(value)}
+            if type(key) not in (str, int) or not all(
+                isinstance(item, torch.Tensor) for item in items.values()
+            ):
+                raise LayerwiseUnsupported(f"{name}[{key!r}] is no tensor and no tuple of tensors")
+            packed.update({json.dumps(path): item for path, item in items.items()})
+    return packed
+
+
+def unpack_carried(state: State, carried: Mapping[str, MutableMapping[Any, Any]]) -> None:
+    """Fill carried mappings with what `pack_carried` made of them."""
+    for packed, value in state.items():
+        if packed == HIDDEN:
+            continue
+        name, *path = json.loads(packed)
+        if name in carried:
+            key, *place = path
+            # Places of a tuple follow one another, as they were packed.
+            carried[name][key] = (*carried[name].get(key, ()), value) if place else value

@@ -1,0 +1,201 @@
+"""The layerwise schedule: one decoder layer on the device, all windows through it, its statistics and
+solutions, one commit, the next layer.
+"""
+
+import json
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from types import TracebackType
+from typing import Protocol, Self
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import nn
+
+from stages.calibrate.accumulate import Accumulators
+from stages.calibrate.hidden import Boundary, Limits
+from stages.calibrate.layerwise import LayerwiseForward
+from stages.calibrate.layerwise import Step as LayerStep
+from stages.calibrate.moments import Moments
+from stages.calibrate.observe import observed, record_weights, stores_its_own
+from stages.calibrate.schedule import Step, Tick
+from stages.calibrate.sinks import Several, Sink
+from stages.skeleton import Skeleton
+from stages.weights import largest_magnitude, read_tensor
+from state.durable import Disk
+from state.layout import Site
+from state.source import Source
+from state.store import Cursor
+from state.update import Solution
+
+FOLDER = "activations"  # of hidden states that outgrow memory, in the run
+
+
+class LayerSolver(Protocol):
+    """What turns one layer's weights and second moments into a solution."""
+
+    def missing(self, layer: int) -> bool:
+        """Whether the run lacks this layer's solution."""
+
+    def moments(self, layer: int) -> Moments:
+        """An empty place for the second moments it needs of a layer."""
+
+    def solve(self, layer: int, moments: Moments) -> Solution | None:
+        """The layer's solution, from its loaded weights; None where nothing in it is quantized."""
+
+
+class LayerByLayer:
+    """One pass for statistics, solutions or both; a step is one decoder layer, the last one the output head.
+
+    Args:
+        statistics: added to from layer `cursor.layer` on, unless they are finished already.
+        solver: None for statistics alone.
+        limits: memory for hidden states; what is larger goes to files in the run, which a crash leaves to go
+        on from.
+    """
+
+    def __init__(
+        self,
+        skeleton: Skeleton,
+        source: Source,
+        statistics: Accumulators,
+        tokens: NDArray[np.int32],
+        batch: int,
+        device: torch.device,
+        run: Path,
+        limits: Limits,
+        finished: bool,
+        solver: LayerSolver | None,
+        tick: Tick,
+    ) -> None:
+        self.skeleton, self.source, self.statistics = skeleton, source, statistics
+        self.finished, self.solver, self.device = finished, solver, device
+        self.folder = run / FOLDER
+        self.batches = -(-len(tokens) // batch)
+        sizes = [part.size for part in np.split(tokens, range(batch, len(tokens), batch))]
+        windows = torch.from_numpy(tokens.astype(np.int64))
+        self.forward = LayerwiseForward(
+            skeleton,
+            source,
+            windows,
+            batch,
+            device,
+            self.folder,
+            limits,
+            lambda _layer, number: tick(sizes[number]),
+        )
+        self._stack = ExitStack()
+
+    def __enter__(self) -> Self:
+        self._stack.enter_context(self.forward)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._stack.__exit__(kind, error, trace)
+
+    @property
+    def layers(self) -> int:
+        return len(self.forward.decoder.layers)
+
+    def total(self) -> int:
+        return self.layers * self.batches
+
+    def done(self, cursor: Cursor) -> int:
+        return self._first(cursor) * self.batches
+
+    def steps(self, cursor: Cursor) -> Iterator[Step]:
+        first = self._first(cursor)
+        self.forward.start(self._boundary(first))
+        wanted: dict[int, Moments] = {}
+
+        @contextmanager
+        def observe(layer: int, _module: nn.Module) -> Iterator[None]:
+            with self._observers(layer, self._new_statistics(layer, cursor), wanted):
+                yield
+
+        for step in self.forward.steps(observe, first):
+            solution = None
+            if step.layer in wanted and self.solver is not None:
+                solution = self.solver.solve(step.layer, wanted.pop(step.layer))
+            self._keep_boundary(step)
+            position = Cursor(pass_number=cursor.pass_number, layer=step.layer + 1)
+            solutions = () if solution is None else (solution,)
+            yield Step(position, self.finished, commit=True, solutions=solutions)
+        if not self.finished:
+            self._head()
+            end = Cursor(pass_number=cursor.pass_number, layer=self.layers + 1)
+            yield Step(end, finished=True, commit=True)
+
+    def _first(self, cursor: Cursor) -> int:
+        """The first layer of which anything is missing."""
+        layers = range(self.layers)
+        lacking = [layer for layer in layers if self.solver is not None and self.solver.missing(layer)]
+        statistics = self.layers if self.finished else min(cursor.layer, self.layers)
+        return min([statistics, *lacking])
+
+    def _new_statistics(self, layer: int, cursor: Cursor) -> bool:
+        return not self.finished and layer >= cursor.layer
+
+    @contextmanager
+    def _observers(self, layer: int, statistics: bool, wanted: dict[int, Moments]) -> Iterator[None]:
+        prefix = f"{self.forward.decoder.name(layer)}."
+        sinks: list[Sink] = []
+        if statistics:
+            record_weights(self.skeleton, self.skeleton.model, self.statistics, prefix)
+            sinks.append(self.statistics)
+        if self.solver is not None and self.solver.missing(layer):
+            wanted[layer] = self.solver.moments(layer)
+            sinks.append(wanted[layer])
+        layout, model = self.statistics.layout, self.skeleton.model
+        with observed(self.skeleton, model, layout, Several(sinks), prefix):
+            yield
+
+    def _head(self) -> None:
+        """What lies behind the last layer: the head's input, and the weights outside of layers."""
+        layout = self.statistics.layout
+        outside = [
+            linear for linear in self.skeleton.linears if self.forward.decoder.layer_of(linear.memory) is None
+        ]
+        head = self.skeleton.model.get_output_embeddings()
+        for values in self.forward.heads():
+            for linear in outside:
+                site = Site(linear.hub, "input")
+                if self.skeleton.model.get_submodule(linear.memory) is head and stores_its_own(layout, site):
+                    self.statistics.add(*layout.locate(site), values)
+        for linear in outside:
+            name = self._stored_weight(linear.memory)
+            if name is not None:
+                weight = read_tensor(self.source, name)
+                self.statistics.set_weight(
+                    *layout.locate(Site(linear.hub, "weight")), largest_magnitude(weight.flatten())
+                )
+
+    def _stored_weight(self, memory: str) -> str | None:
+        """The hub tensor of a module's weight; for a tied output head that of the embeddings."""
+        parameters = {parameter: tensor for tensor, (parameter, _) in self.skeleton.parameter_of.items()}
+        model = self.skeleton.model
+        if f"{memory}.weight" in parameters:
+            return parameters[f"{memory}.weight"]
+        embeddings = model.get_input_embeddings()
+        names = [f"{name}.weight" for name, module in model.named_modules() if module is embeddings]
+        return parameters.get(names[0]) if names else None
+
+    def _keep_boundary(self, step: LayerStep) -> None:
+        boundary = step.seal()
+        if boundary is not None:
+            path = self._boundary_path(boundary.layer)
+            Disk().publish(path, json.dumps(boundary.to_json()).encode())
+
+    def _boundary(self, layer: int) -> Boundary | None:
+        """The hidden states before a layer, where an earlier process left them whole."""
+        try:
+            return Boundary.from_json(json.loads(self._boundary_path(layer).read_bytes()))
+        except (OSError, ValueError, KeyError, TypeError):
+            return None
+
+    def _boundary_path(self, layer: int) -> Path:
+        return self.folder / f"before-{layer:06d}.json"

@@ -1,0 +1,185 @@
+"""One pass over the tokens, under either schedule, committing as it goes."""
+
+import time
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from stages.calibrate.accumulate import Accumulators
+from stages.calibrate.arrays import plan_layout
+from stages.calibrate.choose import Name, solved_layers, unsolved_layers
+from stages.calibrate.hidden import Limits
+from stages.calibrate.layered import LayerByLayer
+from stages.calibrate.load import load_model
+from stages.calibrate.observe import record_weights
+from stages.calibrate.prepare import Prepared
+from stages.calibrate.relations import probe
+from stages.calibrate.schedule import Schedule, Step
+from stages.calibrate.signals import StopRequest
+from stages.calibrate.solver_pass import SolverPass
+from stages.calibrate.whole import WholeModel
+from stages.export.fold_sites import fold_map
+from stages.progress import Progress
+from stages.settings import CalibrateSettings
+from state.background import BackgroundWriter
+from state.errors import IdentityMismatch, Stopped
+from state.identity import Difference, Environment, require_same
+from state.layout import Layout
+from state.reader import open_run
+from state.store import RunWriter
+from state.update import Generation, Update
+
+DEVICE_SHARE = 0.25  # of a GPU's free memory that hidden states may take
+
+
+@dataclass
+class Pass:
+    """A pass and what it writes to. `run` does it."""
+
+    settings: CalibrateSettings
+    work: Prepared
+    writer: RunWriter
+    stop: StopRequest
+    progress: Progress
+    tokens: int = 0
+
+    def run(self, name: Name) -> int:
+        """Go from the run's cursor to the end of the pass. Returns the tokens this process took in."""
+        schedule, statistics = self._whole() if name == "whole" else self._layerwise()
+        cursor = self.writer.head.cursor
+        with (
+            BackgroundWriter(
+                self.writer, lambda head, seconds: self.progress.committed(head.number, seconds)
+            ) as background,
+            schedule,
+        ):
+            self.progress.start("calibrating", schedule.total(), "batches", schedule.done(cursor))
+            last = time.monotonic()
+            for step in schedule.steps(cursor):
+                due = time.monotonic() - last >= self.settings.commit_every and not background.busy
+                if step.commit or step.finished or self.stop or due:
+                    background.submit(self._update(step, statistics))
+                    last = time.monotonic()
+                if self.stop and not step.finished:
+                    background.wait()
+                    self._stopped(f"{schedule.done(step.cursor)} of {schedule.total()} batches committed")
+        self.progress.finish()
+        return self.tokens
+
+    def _update(self, step: Step, statistics: Accumulators) -> Update:
+        generation = None
+        if not self.writer.head.finished:
+            generation = Generation(statistics.layout, statistics.snapshot())
+        return Update(step.cursor, step.finished, generation, step.solutions)
+
+    def _tick(self, tokens: int) -> None:
+        self.tokens += tokens
+        self.progress.advance(1, tokens=tokens)
+
+    def _tick_or_stop(self, tokens: int) -> None:
+        """Between two batches of a layer a stop need not wait: the layer is not committed anyway."""
+        self._tick(tokens)
+        if self.stop:
+            self._stopped(f"layers before {self.writer.head.cursor.layer} are committed")
+
+    def _stopped(self, where: str) -> None:
+        self.writer.event("stopped", signal=self.stop.name)
+        raise Stopped(stop_message(self.stop, self.settings, where))
+
+    def _whole(self) -> tuple[Schedule, Accumulators]:
+        work, settings = self.work, self.settings
+        self.progress.stage(f"loading {work.folder.name} onto {work.device}")
+        model = load_model(work.folder, work.device, settings.experts, settings.trust_remote_code)
+        layout = plan_layout(work.skeleton, work.probe or probe(work.skeleton, model))
+        stored = self._stored(layout)
+        statistics = Accumulators(layout, work.device, stored)
+        if stored is None:
+            record_weights(work.skeleton, model, statistics)
+        schedule = WholeModel(work.skeleton, model, statistics, work.tokens, settings.batch, self._tick)
+        return schedule, statistics
+
+    def _layerwise(self) -> tuple[Schedule, Accumulators]:
+        work, settings = self.work, self.settings
+        assert work.probe is not None
+        self.progress.stage(f"one layer of {work.folder.name} at a time on {work.device}")
+        layout = plan_layout(work.skeleton, work.probe)
+        statistics = Accumulators(layout, work.device, self._stored(layout))
+        if work.skeleton.model._can_set_experts_implementation():
+            work.skeleton.model.set_experts_implementation(settings.experts)
+        schedule = LayerByLayer(
+            work.skeleton,
+            work.source,
+            statistics,
+            work.tokens,
+            settings.batch,
+            work.device,
+            settings.run,
+            _limits(settings, work.device),
+            self.writer.head.finished,
+            self._solver(statistics),
+            self._tick_or_stop,
+        )
+        return schedule, statistics
+
+    def _solver(self, statistics: Accumulators) -> SolverPass | None:
+        work, head = self.work, self.writer.head
+        if work.solver is None or not unsolved_layers(work, work.solver, head):
+            return None
+        solved = solved_layers(work.solver.id, head)
+        if solved:
+            self._require_same_environment(work.solver.id, min(solved))
+        shapes = {name: entry.shape for name, entry in work.source.tensors.items()}
+        folds = fold_map(shapes, work.config, statistics.layout.relations)
+        attributes = {"environment": work.environment.model_dump(mode="json")}
+        return SolverPass(work.solver, work.quantizers, work.skeleton, statistics, folds, solved, attributes)
+
+    def _require_same_environment(self, solver_id: str, layer: int) -> None:
+        """Solutions of one solver come from one environment, or from several by consent."""
+        stored = open_run(self.settings.run).solution(solver_id, layer).attributes["environment"]
+        if not self.settings.accept_environment:
+            require_same(
+                Environment.model_validate(stored),
+                self.work.environment,
+                f"{solver_id} in {self.settings.run} was begun in another environment",
+                "go on there, or here with ARGS=--accept-environment",
+            )
+
+    def _stored(self, layout: Layout) -> dict[str, np.ndarray] | None:
+        """The statistics committed so far."""
+        if self.writer.head.generation is None:
+            return None
+        stored = open_run(self.settings.run).generation()
+        if stored.layout != layout:
+            differences = other_sites(stored.layout, layout)
+            raise IdentityMismatch(
+                f"{self.settings.run} holds other sites than the model has now; calibrate into another RUN:\n"
+                + "\n".join(f"  {difference}" for difference in differences),
+                differences,
+            )
+        self.writer.event("resumed", cursor=self.writer.head.cursor.model_dump())
+        return dict(stored.arrays)
+
+
+def other_sites(stored: Layout, current: Layout) -> list[Difference]:
+    """How two layouts differ, array by array."""
+    a, b = ({array.key: array.model_dump_json() for array in layout.arrays} for layout in (stored, current))
+    arrays = [Difference(f"sites.{key}", a.get(key), b.get(key)) for key in a | b if a.get(key) != b.get(key)]
+    rest = [
+        Difference(name, str(getattr(stored, name)), str(getattr(current, name)))
+        for name in ("aliases", "quantizers", "relations")
+        if getattr(stored, name) != getattr(current, name)
+    ]
+    return arrays + rest
+
+
+def stop_message(stop: StopRequest, settings: CalibrateSettings, where: str) -> str:
+    """What a person is told who stopped a calibration."""
+    return f"stopped by {stop.name}: {where} in {settings.run}; the same command goes on from there"
+
+
+def _limits(settings: CalibrateSettings, device: torch.device) -> Limits:
+    on_device = 0
+    if device.type == "cuda":
+        on_device = int(DEVICE_SHARE * torch.cuda.mem_get_info(device)[0])
+    return Limits(device=on_device, host=settings.activation_memory)

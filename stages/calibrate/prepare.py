@@ -1,0 +1,136 @@
+"""Everything that can be known and refused before a weight is loaded, cheapest first."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from transformers import PretrainedConfig
+
+from stages.calibrate.identify import environment, identify
+from stages.calibrate.load import load_tokenizer, pick_device
+from stages.calibrate.relations import Probe, probe
+from stages.calibrate.texts import DataUnreachable
+from stages.calibrate.tokens import token_matrix
+from stages.model_folder import locate
+from stages.progress import Progress
+from stages.quantizers import QuantizerPlan, plan_quantizers
+from stages.recipes import resolve
+from stages.settings import CalibrateSettings
+from stages.skeleton import Skeleton, load_config, refuse_quantized
+from stages.solvers import Solver, solver_of
+from state.errors import IdentityMismatch
+from state.identity import Environment, Identity, require_same
+from state.reader import open_run
+from state.source import Source
+from state.store import RunWriter
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """What a calibration works from. probe: None where it needs loaded weights. solver: None where the recipe
+    asks for none, or for one that needs no pass.
+    """
+
+    folder: Path
+    config: PretrainedConfig
+    source: Source
+    skeleton: Skeleton
+    probe: Probe | None
+    quantizers: QuantizerPlan
+    solver: Solver | None
+    tokens: NDArray[np.int32]
+    device: torch.device
+    identity: Identity
+    environment: Environment
+
+
+def prepare(settings: CalibrateSettings, writer: RunWriter | None, progress: Progress) -> Prepared:
+    """Check everything that can be checked without loading weights, cheapest first."""
+    progress.stage("planning")
+    recipe = resolve(settings.recipe)
+    device = pick_device(settings.device)
+    folder = locate(settings.model, settings.revision, progress)
+    config = load_config(folder, settings.trust_remote_code)
+    refuse_quantized(config, folder)
+    source = Source.open(folder)
+    skeleton = Skeleton(config, source.tensors, settings.trust_remote_code)
+    quantizers = plan_quantizers(skeleton, recipe)
+    solver = solver_of(quantizers)
+    tokens = _tokens(settings, folder, writer, progress)
+    identity = identify(folder, source, config, tokens, progress)
+    here = environment(skeleton, device, settings.experts, settings.batch)
+    if writer is not None:
+        require_same(
+            writer.record.identity,
+            identity,
+            f"{settings.run} was calibrated from other content",
+            "give another RUN to calibrate this, or the model, data and sizes of that run to go on with it",
+        )
+        _check_environment(settings, writer, here, progress)
+    return Prepared(
+        folder=folder,
+        config=config,
+        source=source,
+        skeleton=skeleton,
+        probe=_probe_on_meta(skeleton),
+        quantizers=quantizers,
+        solver=solver if solver is not None and solver.needs_pass else None,
+        tokens=tokens,
+        device=device,
+        identity=identity,
+        environment=here,
+    )
+
+
+def _tokens(
+    settings: CalibrateSettings, folder: Path, writer: RunWriter | None, progress: Progress
+) -> NDArray[np.int32]:
+    try:
+        return token_matrix(
+            load_tokenizer(folder, settings.trust_remote_code),
+            settings.data,
+            samples=settings.samples,
+            seq=settings.seq,
+            split=settings.split,
+            column=settings.column,
+            progress=progress,
+        )
+    except DataUnreachable:
+        if writer is None:
+            raise
+        progress.note(
+            f"DATA {settings.data} can't be reached; going on with the tokens stored in {settings.run}"
+        )
+        return open_run(settings.run).tokens
+
+
+def _check_environment(
+    settings: CalibrateSettings, writer: RunWriter, here: Environment, progress: Progress
+) -> None:
+    if writer.head.finished:
+        return
+    try:
+        require_same(
+            writer.record.environment,
+            here,
+            f"{settings.run} was begun in another environment",
+            "go on there, or here with ARGS=--accept-environment, which ends the promise of byte-identical "
+            "statistics for this run",
+        )
+    except IdentityMismatch:
+        if not settings.accept_environment:
+            raise
+        progress.warn("going on in another environment than the run began in, as asked; this is recorded")
+        writer.accept_environment(here)
+
+
+def _probe_on_meta(skeleton: Skeleton) -> Probe | None:
+    """None for models whose forward needs real values, such as experts as separate linears: they are probed
+    once loaded.
+    """
+    try:
+        return probe(skeleton, skeleton.model)
+    except (RuntimeError, NotImplementedError):
+        return None

@@ -1,0 +1,103 @@
+"""AWQ clip: scales for a smaller amax than the weights' own, where that loses less at the output.
+
+Ratios are modelopt 0.47's (`model_calib.awq_clip`), 0.5 to 1 in steps of 0.05. Two grains:
+
+    tensor   one ratio per matrix, judged by tr(ΔW H ΔWᵀ). modelopt's choice for NVFP4, whose global scale it
+             moves.
+    block    one ratio per stored block scale, judged by that block's own contribution, Δ_b H_bb Δ_bᵀ.
+             modelopt's choice for INT4; for NVFP4 it keeps the global scale and moves the e4m3 scale of each
+             block.
+
+For block grain modelopt looks at no more than 64 tokens of each batch; H holds all of them.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from stages.calibrate.solve.formats import (
+    FP8,
+    Format,
+    Quantized,
+    block_amax,
+    global_scale,
+    quantize,
+    round_to_nearest,
+    scales_from_amax,
+    tensor_amax,
+)
+from stages.calibrate.solve.moments import expert_chunks, squared_error
+
+RATIOS = tuple(round(0.5 + 0.05 * i, 2) for i in range(11))
+
+
+@dataclass(frozen=True)
+class Solution:
+    """amax: f32 `[E, 1, 1]` or, per block, `[E, N, blocks]`, the clipped amax.
+    losses: f32 `[E]` or `[E, N, blocks]`, the squared output error under it, summed over tokens.
+    quantized: the weights under it.
+    """
+
+    amax: Tensor
+    losses: Tensor
+    quantized: Quantized
+
+
+def search_tensor(format: Format, weights: Tensor, second_moment: Tensor) -> Solution:
+    """One ratio per matrix, the smallest of equal ones: weights `[E, N, K]`, second_moment `[E, K, K]`."""
+    return in_chunks(tensor_ratios, format, weights, second_moment)
+
+
+def search_block(format: Format, weights: Tensor, second_moment: Tensor) -> Solution:
+    """One ratio per block scale, the smallest of equal ones; shapes as in `search_tensor`.
+
+    Raises ValueError for fp8, which has no block scales.
+    """
+    if format is FP8:
+        raise ValueError("fp8 has one scale per tensor and no block scale to clip; search_tensor clips it")
+    return in_chunks(block_ratios, format, weights, second_moment)
+
+
+def in_chunks(
+    search: Callable[[Format, Tensor, Tensor], Solution], format: Format, weights: Tensor, moment: Tensor
+) -> Solution:
+    chunks = expert_chunks(len(weights), weights[0].numel())
+    parts = [search(format, weights[part].float(), moment[part]) for part in chunks]
+    return Solution(
+        torch.cat([part.amax for part in parts]),
+        torch.cat([part.losses for part in parts]),
+        Quantized.concatenate([part.quantized for part in parts]),
+    )
+
+
+def tensor_ratios(format: Format, weights: Tensor, second_moment: Tensor) -> Solution:
+    own = tensor_amax(weights)
+    differences = (
+        round_to_nearest(format, weights, own * ratio).dequantize().sub_(weights) for ratio in RATIOS
+    )
+    losses = torch.stack([squared_error(difference, second_moment) for difference in differences])
+    least, best = losses.min(0)
+    amax = own * torch.tensor(RATIOS, device=own.device)[best][:, None, None]
+    return Solution(amax, least, round_to_nearest(format, weights, amax))
+
+
+def block_ratios(format: Format, weights: Tensor, second_moment: Tensor) -> Solution:
+    size = format.block_size or weights.shape[-1]
+    blocks = weights.shape[-1] // size
+    within = torch.stack(
+        [second_moment[:, i * size : (i + 1) * size, i * size : (i + 1) * size] for i in range(blocks)], dim=1
+    )
+    shared = global_scale(format, weights)
+    own = block_amax(format, weights)
+    amax, least = own, torch.full_like(own, torch.inf)
+    for ratio in RATIOS:
+        scale = scales_from_amax(format, own * ratio, shared)
+        difference = quantize(format, weights, scale, shared).dequantize().sub_(weights)
+        parts = format.blocks(difference).transpose(1, 2)
+        loss = (torch.matmul(parts, within) * parts).sum(-1).transpose(1, 2)
+        better = loss < least
+        least = torch.where(better, loss, least)
+        amax = torch.where(better, own * ratio, amax)
+    return Solution(amax, least, quantize(format, weights, scales_from_amax(format, amax, shared), shared))

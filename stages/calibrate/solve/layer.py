@@ -1,0 +1,231 @@
+"""Solve one decoder layer: scales under the constraints of folding, then clipping or GPTQ on the folded
+weights.
+
+Everything is named as the hub names it, the experts of a projection stacked under one name with `E` for their
+number. All experts are solved at once.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor
+
+from stages.calibrate.solve import awq_clip, awq_lite, gptq
+from stages.calibrate.solve.formats import FP8, Format, tensor_amax
+from stages.calibrate.solve.moments import Site, with_prior
+from stages.calibrate.solve.packing import pack
+from stages.export.fold import FoldSite, TensorFold, fold_norm
+from state.errors import InputError
+
+FEW_TOKENS = 16
+# A norm weight near zero (near -1 where the norm adds one) rounds so coarsely that the scale it can hold is no
+# longer the one that was asked for. Such channels keep scale 1.
+LARGEST_SHIFT = 2.0
+
+
+@dataclass(frozen=True)
+class Group:
+    """Weights that read one site and that engines fuse, so that they share their scales: q/k/v, or gate/up.
+
+    members: stacked hub name → float weights [E, N, K], E = 1 for a single linear. site: what they read.
+    common_basis: the experts' inputs are the same kind of vector (see `with_prior`).
+    """
+
+    members: dict[str, Tensor]
+    site: Site
+    format: Format
+    common_basis: bool
+
+    @property
+    def weights(self) -> Tensor:
+        """All members along the output axis, [E, ΣN, K]."""
+        return torch.cat(list(self.members.values()), dim=1)
+
+    def split(self, values: Tensor) -> dict[str, Tensor]:
+        """Give each member its rows of [E, ΣN, ...] back."""
+        sizes = [weights.shape[1] for weights in self.members.values()]
+        return dict(zip(self.members, values.split(sizes, dim=1), strict=True))
+
+
+@dataclass(frozen=True)
+class Place:
+    """A place to fold, all experts of a layer at once where it is theirs.
+
+    site: the fold site, of expert 0 for experts. name: stacked. sources: stacked names whose rows are
+    divided; consumers: stacked names of all whose columns are multiplied. norm: the norm's weight as stored.
+    """
+
+    site: FoldSite
+    name: str
+    sources: tuple[str, ...]
+    consumers: tuple[str, ...]
+    norm: Tensor | None = None
+
+
+@dataclass
+class LayerSolution:
+    """What was found: arrays by `<name>@<field>` and the policies that acted."""
+
+    arrays: dict[str, Tensor] = field(default_factory=dict)
+    policies: list[dict[str, object]] = field(default_factory=list)
+
+
+def solve_layer(
+    groups: Mapping[str, Group], places: list[Place], scales_by_awq: bool, clip: bool, damping: float | None
+) -> LayerSolution:
+    """Solve the quantized weights of one layer.
+
+    Args:
+        groups: by the name of the site they read; only what the recipe quantizes.
+        places: where scales can be folded.
+        scales_by_awq: search scales (awq_lite). clip: search clipping (awq_clip). damping: of
+            GPTQ, relative to the mean of H's diagonal; None to round to nearest.
+    Raises InputError where one place feeds weights of different formats.
+    """
+    solution = LayerSolution()
+    scales = _search(groups, places, solution) if scales_by_awq else {}
+    for group in groups.values():
+        folded = _fold_group(group, places, scales)
+        _report_few(folded, solution)
+        amax = _finish(folded, clip, damping, solution)
+        solution.arrays |= {f"{name}@weight_amax": amax for name in folded.members}
+    return solution
+
+
+def _search(groups: Mapping[str, Group], places: list[Place], solution: LayerSolution) -> dict[str, Tensor]:
+    """The scale of every place, by its stacked name: f32 [K], or [E, K] for a place of experts."""
+    scales: dict[str, Tensor] = {}
+    for place in places:
+        readers = [group for group in groups.values() if set(group.members) & set(place.consumers)]
+        if not readers:
+            continue
+        if len({group.format.name for group in readers}) > 1:
+            raise InputError(f"{place.name} feeds weights of several formats; one scale can't serve them all")
+        found = _search_place(place, readers)
+        scales[place.name] = found.scale
+        solution.arrays |= {
+            f"{place.name}@scale": found.scale,
+            f"{place.name}@alpha": found.alpha,
+            f"{place.name}@losses": found.losses,
+        }
+    return scales
+
+
+def _search_place(place: Place, readers: list[Group]) -> awq_lite.Solution:
+    members = [awq_lite.Member(group.weights, group.site) for group in readers]
+    weight_format = readers[0].format
+    if place.site.kind == "norm":
+        return awq_lite.search(members, weight_format, snap=_snap(place))
+    if place.site.kind == "v_to_o":
+        ties = place.site.entries().to(members[0].weights.device)
+        found = awq_lite.search(members, weight_format, ties=ties)
+        return replace(found, scale=_untie(place.site, found.scale))
+    found = awq_lite.search_each(members[0], weight_format)
+    if _is_stacked(place.name):
+        return found
+    return awq_lite.Solution(found.scale[0], found.alpha[0], found.losses[0])
+
+
+def _snap(place: Place) -> Callable[[Tensor], Tensor]:
+    norm = place.norm
+    assert norm is not None
+
+    def snap(scale: Tensor) -> Tensor:
+        held = fold_norm(norm, scale, place.site.plus_one)[1]
+        shift = held / scale
+        return torch.where((shift <= LARGEST_SHIFT) & (shift >= 1 / LARGEST_SHIFT), held, 1.0)
+
+    return snap
+
+
+def _untie(site: FoldSite, columns: Tensor) -> Tensor:
+    """From one scale per input column, equal where they are tied, to one per free channel."""
+    scale = columns.new_ones(site.channels)
+    scale[site.entries().to(columns.device)] = columns
+    return scale
+
+
+def _is_stacked(name: str) -> bool:
+    return "E" in name.split(".")
+
+
+def _fold_group(group: Group, places: list[Place], scales: Mapping[str, Tensor]) -> Group:
+    """The group as it is after folding: weights, and statistics of the scaled inputs."""
+    members, column = {}, None
+    for name, weights in group.members.items():
+        row = next(
+            (
+                _rows(place, scales[place.name])
+                for place in places
+                if name in place.sources and place.name in scales
+            ),
+            None,
+        )
+        column = next(
+            (
+                _columns(place, scales[place.name])
+                for place in places
+                if name in place.consumers and place.name in scales
+            ),
+            None,
+        )
+        members[name] = TensorFold(_stacked(row, weights), _stacked(column, weights)).apply(weights)
+    if column is None:
+        return replace(group, members=members)
+    inverse = 1 / (column if column.dim() == 2 else column[None])
+    site = Site(
+        group.site.second_moment * inverse[:, :, None] * inverse[:, None, :],
+        group.site.abs_sum * inverse,
+        group.site.tokens,
+    )
+    return replace(group, members=members, site=site)
+
+
+def _rows(place: Place, scale: Tensor) -> Tensor:
+    return scale if place.site.degree == 1 else scale.pow(1 / place.site.degree)
+
+
+def _columns(place: Place, scale: Tensor) -> Tensor:
+    return scale if place.site.repeat == 1 else scale[place.site.entries().to(scale.device)]
+
+
+def _stacked(factor: Tensor | None, weights: Tensor) -> Tensor | None:
+    """A factor per row or column as [E, ...], to fit stacked weights."""
+    return None if factor is None else factor.expand(len(weights), -1)
+
+
+def _finish(group: Group, clip: bool, damping: float | None, solution: LayerSolution) -> Tensor:
+    """Clip or compensate a folded group. Returns the amax its shared scale comes from, [E] ([] for one
+    linear).
+    """
+    weights = group.weights
+    amax = tensor_amax(weights)
+    if clip:
+        moment = with_prior(group.site, group.common_basis)
+        if group.format is FP8:
+            amax = awq_clip.search_tensor(group.format, weights, moment).amax
+        else:
+            found = awq_clip.search_block(group.format, weights, moment).amax
+            for name, own in group.split(found).items():
+                solution.arrays[f"{name}@amax"] = own if _is_stacked(name) else own[0]
+    if damping is not None:
+        moment = with_prior(group.site, group.common_basis)
+        quantized = gptq.solve(weights, moment, group.format, amax=amax, damping=damping)
+        for name_of_field, values in pack(quantized).items():
+            per_row = values.shape[1] == weights.shape[1]
+            parts = group.split(values) if per_row else dict.fromkeys(group.members, values)
+            for name, own in parts.items():
+                solution.arrays[f"{name}@{name_of_field}"] = own if _is_stacked(name) else own[0]
+    flat = amax.reshape(-1)
+    return flat if _is_stacked(next(iter(group.members))) else flat[0]
+
+
+def _report_few(group: Group, solution: LayerSolution) -> None:
+    """Name the experts whose own tokens are too few: the layer's average stands in for them."""
+    for name in group.members:
+        if _is_stacked(name):
+            few = torch.nonzero(group.site.tokens < FEW_TOKENS).flatten().tolist()
+            if few:
+                modules = [name.replace(".E.", f".{expert}.") for expert in few]
+                solution.policies.append({"policy": "layer-average", "modules": modules})

@@ -1,0 +1,64 @@
+"""The statistics a solver works from, and what to do where an expert saw too few tokens for them.
+
+A `Site` batches inputs of equal shape: the experts of a layer, or one linear's input (E = 1). H = Σ xxᵀ over
+the site's tokens makes every layer-wise loss computable without the tokens: Σ ‖ΔW x‖² = tr(ΔW H ΔWᵀ).
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+# On code-moe 0 to 1024 differ by less than the noise of the measurement; 11 of its 96 experts see no token.
+PRIOR_TOKENS = 64.0
+# Elements of one tensor that a solver works on at a time; it keeps about eight such f32 tensors alive.
+CHUNK_ELEMENTS = 2**27
+
+
+@dataclass(frozen=True)
+class Site:
+    """second_moment: f32 `[E, K, K]`, Σ xxᵀ; abs_sum: f32 `[E, K]`, Σ|x|; tokens: int64 `[E]`."""
+
+    second_moment: Tensor
+    abs_sum: Tensor
+    tokens: Tensor
+
+    @property
+    def abs_mean(self) -> Tensor:
+        """Mean |x| per channel, f32 `[E, K]`; 0 where no token was seen."""
+        return self.abs_sum / self.tokens.clamp(min=1)[:, None]
+
+
+def squared_error(difference: Tensor, second_moment: Tensor) -> Tensor:
+    """tr(ΔW H ΔWᵀ), the output's squared error summed over tokens: `[E, N, K]`, `[E, K, K]` → f32 `[E]`."""
+    return (torch.bmm(difference, second_moment) * difference).sum(dim=(1, 2))
+
+
+def expert_chunks(experts: int, elements: int) -> Iterator[slice]:
+    """Cut the expert axis so that a tensor of `elements` per expert stays within CHUNK_ELEMENTS."""
+    size = max(1, CHUNK_ELEMENTS // elements)
+    return (slice(start, start + size) for start in range(0, experts, size))
+
+
+def with_prior(site: Site, common_basis: bool, tokens: float = PRIOR_TOKENS) -> Tensor:
+    """H of each expert with a prior worth `tokens` tokens: what experts with few or none are solved by.
+
+    An expert with n tokens knows n directions at most; compensating errors along the others would be
+    guesswork. The prior is what a token of this layer looks like on average; its weight fades as n grows.
+
+    Args:
+        common_basis: True where the experts' inputs are the same kind of vector (the layer's hidden states:
+            gate and up), whose mean second moment is then the prior. False where each expert has channels of
+            its own (down): the prior is then only the mean power, the same for every channel.
+    Returns f32 `[E, K, K]`. With no token in the whole layer, the identity: the plain error of the weights.
+    """
+    total = site.tokens.sum()
+    size = site.second_moment.shape[-1]
+    identity = torch.eye(size, dtype=site.second_moment.dtype, device=site.second_moment.device)
+    mean = site.second_moment.sum(0) / total.clamp(min=1)
+    if not common_basis:
+        mean = identity * (mean.diagonal().sum() / size)
+    blended = site.second_moment + tokens * mean
+    # A site whose inputs were all zero teaches nothing either.
+    return torch.where(blended.diagonal(dim1=1, dim2=2).sum(-1)[:, None, None] > 0, blended, identity)

@@ -1,0 +1,148 @@
+"""What a recipe's solver makes of one export: the rescaling, and the statistics behind it.
+
+The maths is in `rescale.py`; here its inputs are read from the run and the source.
+"""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor
+
+from stages.calibrate.solve.smoothquant import pre_quant_scale
+from stages.export.fold import FoldMap
+from stages.export.fold_sites import fold_map
+from stages.export.observed import Observed, input_quantizer
+from stages.export.rescale import Rescaling, folded, kept_apart, smoothed
+from stages.export.scales import TENSOR_SCALED
+from stages.export.solved import Solved
+from stages.export.unify import PolicyUse, connected, merge
+from stages.quantizers import QuantizerPlan
+from stages.settings import Fold
+from stages.skeleton import Skeleton
+from stages.solvers import Solver
+from stages.weights import largest_magnitude, read_tensor
+from state.errors import InputError
+from state.reader import Calibration
+from state.source import Source
+
+FUSED_EXPERTS = "modelopt does not smooth experts that the model class stores fused"
+
+
+@dataclass(frozen=True)
+class Subject:
+    """What is exported: a run, the source it was calibrated from, and a recipe's plan for it.
+
+    dtype: what the model computes in.
+    """
+
+    run: Calibration
+    source: Source
+    skeleton: Skeleton
+    quantizers: QuantizerPlan
+    dtype: torch.dtype
+
+
+@dataclass(frozen=True)
+class Applied:
+    """A solver as it acts on one export; without one, nothing is rescaled.
+
+    found: the observations as they are behind the scales. solved: its solutions, where it has any.
+    kept_at_one: module or fold site whose input is not scaled → the reason.
+    """
+
+    found: Observed
+    rescaling: Rescaling
+    solved: Solved | None = None
+    kept_at_one: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def policies(self) -> tuple[PolicyUse, ...]:
+        """The policies that acted while solving."""
+        return self.solved.policies if self.solved is not None else ()
+
+
+def apply_solver(solver: Solver | None, subject: Subject, found: Observed, fold: Fold) -> Applied:
+    """Apply a solver to observations.
+
+    Raises InputError for solutions that are missing or don't fit, for observations without channels where
+    channels are scaled, and where `fold="none"` can't be had.
+    """
+    if solver is None:
+        return Applied(found, Rescaling(subject.dtype))
+    if not solver.needs_pass:
+        rescaling = _smoothquant(solver, subject, found)
+        kept = dict.fromkeys(sorted(subject.quantizers.fused_experts), FUSED_EXPERTS)
+        return Applied(rescaling.adapt(found), rescaling, kept_at_one=kept)
+    solved = Solved(subject.run, solver, subject.quantizers)
+    rescaling = _solution(solved, subject, fold)
+    if rescaling.separate:
+        weights = _packed_amax(rescaling, subject)
+    else:
+        weights = solved.weight_amax(subject.quantizers.weights)
+    adapted = replace(rescaling.adapt(found), weights=found.weights | weights)
+    return Applied(adapted, rescaling, solved, solved.kept_at_one)
+
+
+def _solution(solved: Solved, subject: Subject, fold: Fold) -> Rescaling:
+    """The scales of a solver's solutions, folded or separate."""
+    quantizers = subject.quantizers
+    shapes = {name: entry.shape for name, entry in subject.source.tensors.items()}
+    folds = fold_map(shapes, subject.skeleton.config, subject.run.layout.relations)
+    scales = solved.scales(folds.sites)
+    norms = _norm_tensors(folds, scales, subject.source)
+    if fold == "auto" or not scales:
+        return folded(subject.dtype, folds, scales, norms)
+    if solved.solver.method != "awq_lite":
+        raise InputError(
+            f"recipe {quantizers.recipe.name!r} can't be exported with --fold none: {solved.solver.method} "
+            "solved the weights as they are when folded; export with --fold auto"
+        )
+    columns = {module: shapes[f"{module}.weight"][-1] for module in quantizers.weights}
+    return kept_apart(subject.dtype, folds, scales, norms, columns, quantizers.fused_experts)
+
+
+def _smoothquant(solver: Solver, subject: Subject, found: Observed) -> Rescaling:
+    """SmoothQuant's scales, from each channel's amax and, for an alpha below 1, the weights.
+
+    Linears that read one tensor share a scale. Fused experts keep 1, as do linears that nothing reached.
+    """
+    quantizers, modules = subject.quantizers, {}
+    for module in quantizers.inputs:
+        if module in quantizers.fused_experts or module in quantizers.constant_inputs:
+            continue
+        amax = found.inputs[input_quantizer(module)]
+        if amax.dim() == 0:
+            raise InputError(
+                f"{input_quantizer(module)} holds one amax for all channels (the run was captured), but "
+                "SmoothQuant needs every channel's; calibrate the model with `holdfast calibrate`"
+            )
+        if not bool(amax.isnan().all()):
+            modules[module] = amax
+    vectors: dict[str, Tensor] = {}
+    for group in dict.fromkeys(connected(modules, subject.run.layout.groups("same_input")).values()):
+        amax = merge([modules[module] for module in group])
+        weights = _largest_columns(group, subject) if solver.alpha < 1 else torch.ones(1, len(amax))
+        vectors |= dict.fromkeys(group, pre_quant_scale(amax, weights, solver.alpha))
+    return smoothed(subject.dtype, vectors)
+
+
+def _packed_amax(rescaling: Rescaling, subject: Subject) -> dict[str, Tensor]:
+    """Largest |w| of every separately scaled weight whose format has a scale for the whole tensor: `[]`."""
+    result = {}
+    for module in rescaling.separate:
+        if subject.quantizers.weights[module].format in TENSOR_SCALED:
+            weight = rescaling.to_pack(module, read_tensor(subject.source, f"{module}.weight"))
+            result[module] = largest_magnitude(weight.reshape(-1))
+    return result
+
+
+def _norm_tensors(folds: FoldMap, scales: Iterable[str], source: Source) -> dict[str, Tensor]:
+    sites = [folds.sites[name] for name in scales if folds.sites[name].kind == "norm"]
+    return {part.tensor: read_tensor(source, part.tensor) for site in sites for part in site.sources}
+
+
+def _largest_columns(modules: Iterable[str], subject: Subject) -> Tensor:
+    """Largest |w| of each input channel, one row per module: `[modules, columns]`."""
+    weights = (read_tensor(subject.source, f"{module}.weight") for module in modules)
+    return torch.stack([weight.to(subject.dtype).abs().amax(0) for weight in weights])

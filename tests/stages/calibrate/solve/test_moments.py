@@ -1,0 +1,37 @@
+"""Losses from second moments, and the prior of experts with few tokens."""
+
+import torch
+from torch.testing import assert_close
+
+from stages.calibrate.solve.moments import Site, squared_error, with_prior
+
+
+def test_squared_error_is_the_outputs_error_summed_over_tokens():
+    difference = torch.tensor([[[1.0, 2.0]], [[0.0, 3.0]]])
+    inputs = torch.tensor([[[1.0, 1.0], [2.0, 0.0]], [[5.0, 1.0], [0.0, -1.0]]])
+    # Expert 0: 3 and 2; expert 1: 3 and -3.
+    assert squared_error(difference, inputs.mT @ inputs).tolist() == [13.0, 18.0]
+
+
+def site() -> Site:
+    moment = torch.tensor([[[6.0, 2.0], [2.0, 2.0]], [[0.0, 0.0], [0.0, 0.0]]])
+    return Site(moment, torch.tensor([[4.0, 2.0], [0.0, 0.0]]), torch.tensor([4, 0]))
+
+
+def test_abs_mean_of_an_expert_without_tokens_is_zero():
+    assert site().abs_mean.tolist() == [[1.0, 0.5], [0.0, 0.0]]
+
+
+def test_prior_in_a_common_basis_is_the_layers_mean_token():
+    expected = torch.tensor([[[9.0, 3.0], [3.0, 3.0]], [[3.0, 1.0], [1.0, 1.0]]])
+    assert_close(with_prior(site(), tokens=2, common_basis=True), expected, rtol=0, atol=0)
+
+
+def test_prior_without_a_common_basis_is_the_mean_power():
+    expected = torch.tensor([[[8.0, 2.0], [2.0, 4.0]], [[2.0, 0.0], [0.0, 2.0]]])
+    assert_close(with_prior(site(), tokens=2, common_basis=False), expected, rtol=0, atol=0)
+
+
+def test_a_layer_without_tokens_falls_back_to_the_weights_own_error():
+    empty = Site(torch.zeros(1, 2, 2), torch.zeros(1, 2), torch.zeros(1, dtype=torch.int64))
+    assert with_prior(empty, tokens=64, common_basis=True).tolist() == [[[1.0, 0.0], [0.0, 1.0]]]

@@ -1,0 +1,158 @@
+"""The layerwise schedule measures what the whole-model schedule measures, and goes on where it stopped."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+import state
+from stages.calibrate.choose import solved_layers
+from stages.calibrate.run import calibrate
+from stages.progress import Silent
+from stages.settings import CalibrateSettings
+from state.errors import InputError
+from tests.stages.calibrate import families
+from tests.stages.export import support
+
+GPTQ = "general/ptq/nvfp4_default-kv_none-gptq"
+
+
+class Crash(BaseException):
+    """Stands for the process dying: nothing in the program catches it."""
+
+
+class CrashAfter(Silent):
+    """Dies after some batches, once the commits on the way are durable."""
+
+    def __init__(self, batches: int) -> None:
+        self.left = batches
+
+    def advance(self, amount: int, **facts: int) -> None:
+        if facts:
+            self.left -= 1
+            if self.left == 0:
+                raise Crash
+
+
+def settings(inputs: Path, run: Path, **changes: Any) -> CalibrateSettings:
+    base = {
+        "model": str(inputs / "model"),
+        "data": str(inputs / "text.jsonl"),
+        "run": run,
+        "samples": 12,
+        "seq": 32,
+        "batch": 5,
+    }
+    return CalibrateSettings(**(base | changes))
+
+
+def make_inputs(folder: Path, family: str) -> Path:
+    if family in ("llama", "qwen3_moe"):
+        support.make_model(folder / "model", support.config_of(family))
+    else:
+        config = families.tiny_config(family)
+        config.vocab_size = support.SIZES["vocab_size"]
+        support.make_model(folder / "model", config)
+    support.make_text(folder / "text.jsonl")
+    return folder
+
+
+def arrays(run: Path) -> dict[str, bytes]:
+    return {path: values.tobytes() for path, values in state.open(run).generation().arrays.items()}
+
+
+def solutions(run: Path, layers: int = 2) -> dict[str, Any]:
+    calibration = state.open(run)
+    solver_id = next(
+        path.split("/")[2]
+        for path in calibration.head.objects
+        if path.startswith("calibration.zarr/solutions/") and path.count("/") > 3
+    )
+    found = {}
+    for layer in range(layers):
+        solution = calibration.solution(solver_id, layer)
+        found |= {f"{layer}/{name}": values.tobytes() for name, values in solution.arrays.items()}
+        found[f"{layer}"] = solution.attributes
+    return found
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3_moe", "gemma3", "deepseek_v3"])
+def test_statistics_are_bit_equal_to_the_whole_model_schedule(family: str, tmp_path: Path) -> None:
+    inputs = make_inputs(tmp_path, family)
+    for schedule in ("whole", "layerwise"):
+        calibrate(settings(inputs, tmp_path / schedule, schedule=schedule, recipe="fp8"), Silent())
+    assert arrays(tmp_path / "layerwise") == arrays(tmp_path / "whole")
+
+
+@pytest.fixture(scope="module")
+def moe(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_inputs(tmp_path_factory.mktemp("moe"), "qwen3_moe")
+
+
+@pytest.mark.parametrize("recipe", ["nvfp4", "nvfp4_awq_full", GPTQ])
+@pytest.mark.parametrize("batches", [2, 5])
+def test_after_a_crash_in_a_layer_the_end_is_the_same(
+    moe: Path, tmp_path: Path, recipe: str, batches: int
+) -> None:
+    wish = {"schedule": "layerwise", "recipe": recipe}
+    calibrate(settings(moe, tmp_path / "undisturbed", **wish), Silent())
+    with pytest.raises(Crash):
+        calibrate(settings(moe, tmp_path / "run", **wish), CrashAfter(batches))
+    assert not state.open(tmp_path / "run").head.finished
+    calibrate(settings(moe, tmp_path / "run", **wish), Silent())
+    assert arrays(tmp_path / "run") == arrays(tmp_path / "undisturbed")
+    if recipe != "nvfp4":
+        assert solutions(tmp_path / "run") == solutions(tmp_path / "undisturbed")
+
+
+def test_hidden_states_in_a_file_give_the_same(moe: Path, tmp_path: Path) -> None:
+    wish = {"schedule": "layerwise", "recipe": GPTQ}
+    calibrate(settings(moe, tmp_path / "undisturbed", **wish), Silent())
+    with pytest.raises(Crash):
+        calibrate(settings(moe, tmp_path / "run", activation_memory=1, **wish), CrashAfter(5))
+    assert list((tmp_path / "run" / "activations").rglob("*.raw"))
+    calibrate(settings(moe, tmp_path / "run", activation_memory=1, **wish), Silent())
+    assert arrays(tmp_path / "run") == arrays(tmp_path / "undisturbed")
+    assert solutions(tmp_path / "run") == solutions(tmp_path / "undisturbed")
+    assert not (tmp_path / "run" / "activations").exists()
+
+
+def test_a_solver_is_added_to_a_finished_run(moe: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    calibrate(settings(moe, run), Silent())
+    before = state.open(run).head
+    assert not calibrate(settings(moe, run, recipe="nvfp4_awq_lite"), Silent()).already_finished
+    after = state.open(run).head
+    assert after.generation == before.generation and after.finished
+    assert {path: after.objects[path] for path in before.objects} == before.objects
+    (solver_id,) = {path.split("/")[2] for path in after.objects if "/solutions/awq" in path}
+    assert solved_layers(solver_id, after) == {0, 1}
+    assert calibrate(settings(moe, run, recipe="nvfp4_awq_lite"), Silent()).already_finished
+
+    calibrate(settings(moe, tmp_path / "together", recipe="nvfp4_awq_lite"), Silent())
+    assert arrays(tmp_path / "together") == arrays(run)
+    assert solutions(tmp_path / "together") == solutions(run)
+
+
+def test_a_run_goes_on_with_the_schedule_it_began_with(moe: Path, tmp_path: Path) -> None:
+    with pytest.raises(Crash):
+        calibrate(settings(moe, tmp_path / "run", schedule="layerwise"), CrashAfter(5))
+    with pytest.raises(InputError, match="begun with the layerwise schedule"):
+        calibrate(settings(moe, tmp_path / "run", schedule="whole"), Silent())
+
+
+def test_experts_without_tokens_are_solved_and_named(moe: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    calibrate(settings(moe, run, samples=1, batch=1, recipe=GPTQ), Silent())
+    calibration = state.open(run)
+    unseen = [
+        f"model.layers.0.mlp.experts.{expert}"
+        for expert in range(4)
+        if np.all(np.isnan(calibration.amax(f"model.layers.0.mlp.experts.{expert}.up_proj")))
+    ]
+    found = solutions(run)
+    values = np.frombuffer(found["0/model.layers.0.mlp.experts.E.up_proj@values"], dtype=np.int8)
+    assert np.all(values.reshape(4, -1).any(axis=1))
+    named = {module for policy in found["0"]["policies"] for module in policy["modules"]}
+    assert all(f"{expert}.up_proj" in named for expert in unseen)
