@@ -21,9 +21,8 @@ from stages.calibrate.arrays import plan_layout
 from stages.calibrate.load import load_model
 from stages.calibrate.observe import observed
 from stages.calibrate.relations import probe
-from stages.calibrate.whole import WholeModel
+from stages.calibrate.whole import forward
 from stages.skeleton import Skeleton, load_config
-from state.head import Cursor
 from state.source import Source
 
 BARE = "bare forward, grouped experts"
@@ -41,8 +40,9 @@ class Pass:
     batch: int
 
     def __call__(self) -> None:
-        for _ in WholeModel(self.model, self.tokens, self.batch).steps(Cursor()):
-            pass
+        for first in range(0, len(self.tokens), self.batch):
+            windows = self.tokens[first : first + self.batch].astype(np.int64)
+            forward(self.model, torch.from_numpy(windows))
 
 
 def compare_forwards(subject: Subject, device: torch.device, repeat: int) -> Section:
@@ -53,7 +53,7 @@ def compare_forwards(subject: Subject, device: torch.device, repeat: int) -> Sec
     statistics = Accumulators(plan_layout(skeleton, probe(skeleton, skeleton.model)), device)
 
     def ours() -> None:
-        with observed(skeleton, bare.model, statistics):
+        with observed(skeleton, bare.model, statistics.layout, statistics):
             bare()
         statistics.snapshot()
 

@@ -34,17 +34,17 @@ class CalibrateSettings(BaseModel):
     split: str = "train"
     column: str | None = None
     recipe: str = "nvfp4"
-    samples: int = Field(512, gt=0)
-    seq: int = Field(2048, gt=0)
-    batch: int = Field(8, gt=0)
+    samples: int = Field(default=512, gt=0)
+    seq: int = Field(default=2048, gt=0)
+    batch: int = Field(default=8, gt=0)
     device: str = "auto"
     experts: Literal["grouped_mm", "eager"] = "grouped_mm"
-    commit_every: float = Field(30.0, gt=0)
+    commit_every: float = Field(default=30.0, gt=0)
     resume: Literal["auto", "never", "required"] = "auto"
     accept_environment: bool = False
     trust_remote_code: bool = False
     schedule: Schedule = "auto"
-    activation_memory: int = Field(8 * 2**30, gt=0)
+    activation_memory: int = Field(default=8 * 2**30, gt=0)
 
 
 class ExportSettings(BaseModel):
@@ -73,4 +73,4 @@ class ExportSettings(BaseModel):
     overwrite: bool = False
     partial: bool = False
     trust_remote_code: bool = False
-    shard_size: int = Field(5_000_000_000, gt=0)
+    shard_size: int = Field(default=5_000_000_000, gt=0)

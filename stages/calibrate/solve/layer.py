@@ -19,8 +19,8 @@ from stages.export.fold import FoldSite, TensorFold, fold_norm
 from state.errors import InputError
 
 FEW_TOKENS = 16
-# A norm weight near zero (near -1 where the norm adds one) rounds so coarsely that the scale it can hold is no
-# longer the one that was asked for. Such channels keep scale 1.
+# A norm weight near zero (near -1 where the norm adds one) rounds so coarsely that the scale it can hold is
+# no longer the one that was asked for. Such channels keep scale 1.
 LARGEST_SHIFT = 2.0
 
 
