@@ -7,12 +7,14 @@ the meta device where it can: no weights needed.
 """
 
 from collections import defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import nn
+from torch.overrides import TorchFunctionMode
 from transformers import PreTrainedModel
 
 from stages.calibrate.attention import observed_attention
@@ -158,7 +160,21 @@ def _shapes_only(model: PreTrainedModel) -> Iterator[None]:
     for module in modules:
         module.forward = lambda hidden, *_args, **_kwargs: torch.empty_like(hidden)
     try:
-        yield
+        with _Decided():
+            yield
     finally:
         for module in modules:
             del module.forward
+
+
+class _Decided(TorchFunctionMode):
+    """Answers yes where a forward asks a tensor without values: "is everything attended to?" before a mask is
+    built. The probe's mask is all ones, so yes is the answer.
+    """
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if func is torch.Tensor.__bool__ and args[0].is_meta:
+            return True
+        return func(*args, **(kwargs or {}))

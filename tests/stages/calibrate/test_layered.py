@@ -77,7 +77,9 @@ def solutions(run: Path, layers: int = 2) -> dict[str, Any]:
     return found
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen3_moe", "gemma3", "deepseek_v3"])
+@pytest.mark.parametrize(
+    "family", ["llama", "qwen3_moe", "gemma3", "deepseek_v3", "nemotron_h", "qwen3_next"]
+)
 def test_statistics_are_bit_equal_to_the_whole_model_schedule(family: str, tmp_path: Path) -> None:
     inputs = make_inputs(tmp_path, family)
     for schedule in ("whole", "layerwise"):
