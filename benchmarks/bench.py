@@ -19,12 +19,14 @@ from rich.console import Console
 
 from benchmarks.export import compare_exports
 from benchmarks.forward import compare_forwards
+from benchmarks.layers import measure_layers
 from benchmarks.models import for_export, for_forward
 from benchmarks.section import Section
 from benchmarks.stall import measure_stall
 from stages.calibrate.load import pick_device
 
 PARTS = ("forward", "stall", "export")
+LARGE = "layers"  # writes a model of 6.6 GB first
 
 
 def main() -> None:
@@ -57,6 +59,8 @@ def sections(arguments: argparse.Namespace, scratch: Path, device: torch.device)
     if "export" in arguments.parts:
         for exported in for_export(scratch, device, subject):
             yield compare_exports(exported, scratch, device, arguments.exports)
+    if LARGE in arguments.parts:
+        yield measure_layers(subject, scratch)
 
 
 def header(device: torch.device) -> str:
@@ -83,7 +87,9 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--device", default="cpu", help="cpu, or cuda with a random 0.9 B Qwen3-MoE")
     parser.add_argument("--repeat", type=int, default=5, help="rounds of forwards and commits (default 5)")
     parser.add_argument("--exports", type=int, default=1, help="processes per exporter (default 1)")
-    parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS, help="default: all")
+    parser.add_argument(
+        "--parts", nargs="+", choices=(*PARTS, LARGE), default=PARTS, help="default: all but layers"
+    )
     parser.add_argument("--scratch", type=Path, help="folder for models and checkpoints, on a real disk")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures there as well")
     return parser.parse_args()
