@@ -13,12 +13,12 @@ from torch import Tensor
 
 from stages.calibrate.solve import awq_clip, awq_lite, gptq
 from stages.calibrate.solve.formats import FP8, Format, tensor_amax
-from stages.calibrate.solve.moments import Site, with_prior
+from stages.calibrate.solve.moments import Site, scaled, with_prior
 from stages.calibrate.solve.packing import pack
+from stages.calibrate.summary import FEW_TOKENS
 from stages.export.fold import FoldSite, TensorFold, fold_norm
 from state.errors import InputError
 
-FEW_TOKENS = 16
 # A norm weight near zero (near -1 where the norm adds one) rounds so coarsely that the scale it can hold is
 # no longer the one that was asked for. Such channels keep scale 1.
 LARGEST_SHIFT = 2.0
@@ -173,13 +173,7 @@ def _fold_group(group: Group, places: list[Place], scales: Mapping[str, Tensor])
         members[name] = TensorFold(_stacked(row, weights), _stacked(column, weights)).apply(weights)
     if column is None:
         return replace(group, members=members)
-    inverse = 1 / (column if column.dim() == 2 else column[None])
-    site = Site(
-        group.site.second_moment * inverse[:, :, None] * inverse[:, None, :],
-        group.site.abs_sum * inverse,
-        group.site.tokens,
-    )
-    return replace(group, members=members, site=site)
+    return replace(group, members=members, site=scaled(group.site, column))
 
 
 def _rows(place: Place, scale: Tensor) -> Tensor:

@@ -30,6 +30,12 @@ class Site:
         return self.abs_sum / self.tokens.clamp(min=1)[:, None]
 
 
+def scaled(site: Site, scale: Tensor) -> Site:
+    """Statistics of the inputs x / s, which a weight multiplied by s reads: scale f32 `[E, K]` or `[K]`."""
+    second_moment = site.second_moment / (scale[..., :, None] * scale[..., None, :])
+    return Site(second_moment, site.abs_sum / scale, site.tokens)
+
+
 def squared_error(difference: Tensor, second_moment: Tensor) -> Tensor:
     """tr(ΔW H ΔWᵀ), the output's squared error summed over tokens: `[E, N, K]`, `[E, K, K]` → f32 `[E]`."""
     return (torch.bmm(difference, second_moment) * difference).sum(dim=(1, 2))

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from stages.calibrate.solve import awq_clip, awq_full, formats, moments
+from stages.calibrate.solve import awq_clip, formats, moments
 from stages.calibrate.solve.formats import FP8, INT4, INT8, NVFP4
 from stages.calibrate.solve.moments import squared_error
 
@@ -93,19 +93,10 @@ def test_fp8_has_no_blocks():
         awq_clip.search_block(FP8, *problem())
 
 
-def test_awq_full_judges_in_the_unscaled_inputs_terms():
+def test_after_scaling_it_judges_in_the_unscaled_inputs_terms():
     weights, moment = problem()
     scale = torch.logspace(-1, 1, 256)
-    solution = awq_full.clip_scaled(NVFP4, weights, moment, scale, per_block=False)
+    site = moments.Site(moment, torch.ones(2, 256), torch.tensor([9, 9]))
+    solution = awq_clip.search_tensor(NVFP4, weights * scale, moments.scaled(site, scale).second_moment)
     difference = solution.quantized.dequantize() / scale - weights
     assert_close(solution.losses, squared_error(difference, moment), rtol=1e-4, atol=0)
-
-
-def test_awq_full_takes_a_scale_per_expert():
-    weights, moment = problem()
-    scale = torch.stack([torch.logspace(-1, 1, 256), torch.ones(256)])
-    solution = awq_full.clip_scaled(NVFP4, weights, moment, scale)
-    plain = awq_clip.search_block(NVFP4, weights[1:], moment[1:])
-    assert_close(solution.quantized.dequantize()[1], plain.quantized.dequantize()[0], **EXACT)
-    first = awq_clip.search_block(NVFP4, weights[:1] * scale[0], moment[:1] / scale[0] / scale[0][:, None])
-    assert_close(solution.quantized.values[0], first.quantized.values[0], **EXACT)

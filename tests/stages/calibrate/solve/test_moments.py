@@ -3,7 +3,7 @@
 import torch
 from torch.testing import assert_close
 
-from stages.calibrate.solve.moments import Site, squared_error, with_prior
+from stages.calibrate.solve.moments import Site, scaled, squared_error, with_prior
 
 
 def test_squared_error_is_the_outputs_error_summed_over_tokens():
@@ -35,3 +35,12 @@ def test_prior_without_a_common_basis_is_the_mean_power():
 def test_a_layer_without_tokens_falls_back_to_the_weights_own_error():
     empty = Site(torch.zeros(1, 2, 2), torch.zeros(1, 2), torch.zeros(1, dtype=torch.int64))
     assert with_prior(empty, tokens=64, common_basis=True).tolist() == [[[1.0, 0.0], [0.0, 1.0]]]
+
+
+def test_scaled_statistics_are_those_of_scaled_inputs():
+    x = torch.tensor([[1.0, -2.0], [3.0, 4.0]])
+    site = Site((x.T @ x)[None], x.abs().sum(0)[None], torch.tensor([2]))
+    scale = torch.tensor([2.0, 0.5])
+    y = x / scale
+    assert scaled(site, scale).second_moment.tolist() == (y.T @ y)[None].tolist()
+    assert scaled(site, scale[None]).abs_sum.tolist() == y.abs().sum(0)[None].tolist()
