@@ -29,12 +29,16 @@ def calibrate_command(settings: Mapping[str, Any]) -> str:
     return shlex.join(["make", "calibrate", *variables])
 
 
-def export_command(run: str, recipe: str) -> str:
-    """The command that exports a run, into a folder named after run and recipe."""
+def export_command(run: str, recipe: str, remembered: str) -> str:
+    """The command that exports a run, into a folder named after run and recipe.
+
+    remembered: the recipe that export takes from the run; any other is named.
+    """
     out = f"exports/{Path(run).name}-{Path(recipe).name}"
+    named = recipe != remembered
     if _through_make():
-        return shlex.join(["make", "export", f"RUN={run}", f"OUT={out}"])
-    return shlex.join(["holdfast", "export", run, out])
+        return shlex.join(["make", "export", f"RUN={run}", f"OUT={out}", *([f"RECIPE={recipe}"] * named)])
+    return shlex.join(["holdfast", "export", run, out, *(["--recipe", recipe] * named)])
 
 
 def _options(given: Mapping[str, Any]) -> list[str]:

@@ -64,7 +64,7 @@ def _read(calibration: Calibration) -> Status:
     coverage = measure_coverage(generation.layout, generation.arrays) if generation else Coverage()
     events = calibration.events()
     commits = [event for event in events if event["event"] in ("created", "committed")]
-    run = str(calibration.path)
+    run, recipe = str(calibration.path), str(settings.get("recipe", ""))
     return Status(
         run=run,
         model=calibration.record.source.model,
@@ -77,11 +77,7 @@ def _read(calibration: Calibration) -> Status:
         last_event=events[-1]["event"] if events else None,
         coverage=coverage,
         notes=calibration.notes,
-        next_command=(
-            export_command(run, str(settings.get("recipe", "")))
-            if head.finished
-            else calibrate_command(settings)
-        ),
+        next_command=(export_command(run, recipe, recipe) if head.finished else calibrate_command(settings)),
     )
 
 

@@ -17,7 +17,7 @@ def print_calibration(summary: Summary) -> None:
     ]
     if not summary.already_finished:
         rows.append(("took", f"{duration(summary.seconds)} for {summary.tokens:,} tokens"))
-    rows.append(("next", export_command(str(summary.run), summary.recipe)))
+    rows.append(("next", export_command(str(summary.run), summary.recipe, summary.remembered)))
     print_rows(rows)
 
 

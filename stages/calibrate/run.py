@@ -14,10 +14,9 @@ from stages.progress import Progress
 from stages.settings import CalibrateSettings
 from state.durable import Disk
 from state.errors import InputError, Stopped
-from state.reader import open_run
+from state.reader import Calibration, open_run
 from state.record import RunRecord, SourceDescription
 from state.store import Claim, RunWriter, published
-from state.update import Generation
 
 
 def calibrate(settings: CalibrateSettings, progress: Progress) -> Summary:
@@ -45,7 +44,7 @@ def calibrate(settings: CalibrateSettings, progress: Progress) -> Summary:
         Disk().delete(settings.run / FOLDER)
         if not did_something:
             progress.note(f"{settings.run} is finished; nothing to do")
-        return _summary(settings, open_run(settings.run).generation(), tokens, started, not did_something)
+        return _summary(settings, open_run(settings.run), tokens, started, not did_something)
 
 
 def _existing(settings: CalibrateSettings, progress: Progress) -> RunWriter | None:
@@ -76,11 +75,13 @@ def _record(settings: CalibrateSettings, work: Prepared) -> RunRecord:
 
 
 def _summary(
-    settings: CalibrateSettings, generation: Generation, tokens: int, started: float, finished_before: bool
+    settings: CalibrateSettings, calibration: Calibration, tokens: int, started: float, finished_before: bool
 ) -> Summary:
+    generation = calibration.generation()
     return Summary(
         run=settings.run,
         recipe=settings.recipe,
+        remembered=str(calibration.record.settings["recipe"]),
         tokens=tokens,
         seconds=time.monotonic() - started,
         already_finished=finished_before,

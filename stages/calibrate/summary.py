@@ -30,10 +30,15 @@ class Coverage:
 
 @dataclass(frozen=True)
 class Summary:
-    """A finished calibration. tokens, seconds: of this process alone."""
+    """A finished calibration.
+
+    tokens, seconds: of this process alone. recipe: asked for now. remembered: the one that the run began with,
+    export's default.
+    """
 
     run: Path
     recipe: str
+    remembered: str
     tokens: int
     seconds: float
     already_finished: bool

@@ -28,6 +28,16 @@ def test_calibrate_by_make(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_export(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("MAKELEVEL", raising=False)
     recipe = "general/ptq/nvfp4_experts_only-kv_fp8"
-    assert export_command("runs/a", recipe) == "holdfast export runs/a exports/a-nvfp4_experts_only-kv_fp8"
+    assert (
+        export_command("runs/a", recipe, recipe)
+        == "holdfast export runs/a exports/a-nvfp4_experts_only-kv_fp8"
+    )
     monkeypatch.setenv("MAKELEVEL", "1")
-    assert export_command("runs/a", "nvfp4") == "make export RUN=runs/a OUT=exports/a-nvfp4"
+    assert export_command("runs/a", "nvfp4", "nvfp4") == "make export RUN=runs/a OUT=exports/a-nvfp4"
+
+
+def test_export_names_a_recipe_that_the_run_does_not_remember(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("MAKELEVEL", raising=False)
+    assert export_command("runs/a", "fp8", "nvfp4") == "holdfast export runs/a exports/a-fp8 --recipe fp8"
+    monkeypatch.setenv("MAKELEVEL", "1")
+    assert export_command("runs/a", "fp8", "nvfp4") == "make export RUN=runs/a OUT=exports/a-fp8 RECIPE=fp8"
