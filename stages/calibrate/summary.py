@@ -32,8 +32,8 @@ class Coverage:
 class Summary:
     """A finished calibration.
 
-    tokens, seconds: of this process alone. recipe: asked for now. remembered: the one that the run began with,
-    export's default.
+    tokens, seconds: of this process alone. recipe: asked for now. remembered: the one the run began with,
+    which is export's default.
     """
 
     run: Path
