@@ -127,6 +127,9 @@ class _PlanReader:
         self._input([hub], f"{memory}.input_quantizer", module.input_quantizer)
 
     def _read_experts(self, experts: ExpertsModule, module: nn.Module) -> None:
+        if experts.fused_on_hub:
+            self._refuse_fused(experts, module)
+            return
         for parameter, leaves in ((experts.up_parameter, experts.up), ("down_proj", (experts.down,))):
             hubs = [f"{experts.hub}.{number}.{leaf}" for number in range(experts.count) for leaf in leaves]
             quantizers = getattr(module, f"{parameter}_weight_quantizers")
@@ -140,6 +143,17 @@ class _PlanReader:
             name = f"{parameter}_input_quantizer"
             self._input(hubs, f"{experts.memory}.{name}", getattr(module, name))
             self.fused.update(hubs)
+
+    def _refuse_fused(self, experts: ExpertsModule, module: nn.Module) -> None:
+        """Raise InputError where the recipe quantizes experts that the checkpoint stores as one tensor."""
+        from modelopt.torch.quantization.nn import TensorQuantizer
+
+        if any(part.is_enabled for part in module.modules() if isinstance(part, TensorQuantizer)):
+            raise InputError(
+                f"recipe {self.recipe.name!r} quantizes {experts.hub}, whose experts the checkpoint stores "
+                "fused in one tensor; that is not supported yet; supported: experts stored one by one, or a "
+                "recipe that leaves them alone"
+            )
 
     def _read_attention(self, memory: str, module: nn.Module) -> None:
         quantizers = {part: getattr(module, f"{part}_bmm_quantizer") for part in ("k", "v")}

@@ -9,6 +9,7 @@ from stages.recipes import resolve
 from stages.skeleton import Skeleton, load_config
 from state.errors import InputError
 from state.source import Source
+from tests.stages.calibrate import families
 from tests.stages.export import support
 
 EXPERT_LEAVES = ("gate_proj", "up_proj", "down_proj")
@@ -111,3 +112,13 @@ def test_every_name_of_a_hub_checkpoint_with_other_names(tmp_path: Path) -> None
     assert skeleton.experts[0].up == ("w1", "w3") and skeleton.experts[0].down == "w2"
     excluded = plan.hf_quant_config["quantization"]["exclude_modules"]
     assert "model.layers.0.block_sparse_moe.gate" in excluded
+
+
+@pytest.mark.parametrize("family", ["gemma4_moe", "gpt_oss"])
+def test_experts_that_the_hub_stores_fused_are_refused(family: str, tmp_path: Path) -> None:
+    folder = families.save_tiny(family, tmp_path / "model")
+    skeleton = Skeleton(load_config(folder), Source.open(folder).tensors)
+    with pytest.raises(
+        InputError, match=r"model\.layers\.0\..*experts, whose experts .* fused in one tensor"
+    ):
+        plan_quantizers(skeleton, resolve("fp8"))
