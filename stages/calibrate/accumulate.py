@@ -11,9 +11,8 @@ import numpy as np
 import torch
 
 from stages.calibrate.reduce import reduce_groups, reduce_rows
+from stages.calibrate.sinks import Place
 from state.layout import Layout, SiteArray
-
-Place = tuple[int, ...]
 
 
 class Accumulators:

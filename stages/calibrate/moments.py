@@ -4,9 +4,8 @@ from collections.abc import Container
 
 import torch
 
+from stages.calibrate.sinks import Place
 from state.layout import SiteArray
-
-Place = tuple[int, ...]
 
 
 class Moments:

@@ -11,12 +11,10 @@ from transformers import PreTrainedModel
 from stages.calibrate.accumulate import Accumulators
 from stages.calibrate.attention import channels_last, observed_attention
 from stages.calibrate.experts import expert_parameters, watch_experts
-from stages.calibrate.sinks import Sink
+from stages.calibrate.sinks import Place, Sink
 from stages.skeleton import ExpertsModule, Skeleton
 from stages.weights import largest_magnitude
 from state.layout import Layout, Site, SiteArray
-
-Place = tuple[int, ...]
 
 
 @contextmanager
