@@ -164,7 +164,7 @@ def _fold_group(group: Group, places: list[Place], scales: Mapping[str, Tensor])
         )
         column = next(
             (
-                _columns(place, scales[place.name])
+                place.site.expand(scales[place.name])
                 for place in places
                 if name in place.consumers and place.name in scales
             ),
@@ -178,10 +178,6 @@ def _fold_group(group: Group, places: list[Place], scales: Mapping[str, Tensor])
 
 def _rows(place: Place, scale: Tensor) -> Tensor:
     return scale if place.site.degree == 1 else scale.pow(1 / place.site.degree)
-
-
-def _columns(place: Place, scale: Tensor) -> Tensor:
-    return scale if place.site.repeat == 1 else scale[place.site.entries().to(scale.device)]
 
 
 def _stacked(factor: Tensor | None, weights: Tensor) -> Tensor | None:
