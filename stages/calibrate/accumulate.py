@@ -10,7 +10,8 @@ from collections.abc import Mapping
 import numpy as np
 import torch
 
-from stages.calibrate.reduce import reduce_groups, reduce_rows
+from stages.calibrate.host import to_host
+from stages.calibrate.reduce import Seen, add_groups, add_rows
 from stages.calibrate.sinks import Place
 from state.layout import Layout, SiteArray
 
@@ -44,26 +45,18 @@ class Accumulators:
 
     def add(self, array: SiteArray, place: Place, values: torch.Tensor) -> None:
         """Merge tokens of the site at `place` of an array. values: [..., channels], any float dtype."""
-        rows = values.detach().reshape(-1, values.shape[-1])
-        if rows.shape[0]:
-            amax, total = reduce_rows(rows)
-            self._merge(array.key, place, amax, total, rows.shape[0])
+        add_rows(self._seen(array.key, place), values.detach().reshape(-1, values.shape[-1]))
 
     def add_experts(self, array: SiteArray, place: Place, values: torch.Tensor, ends: torch.Tensor) -> None:
-        """Merge rows sorted by expert into all experts of one layer, as `reduce_groups` takes them."""
-        self._merge(array.key, place, *reduce_groups(values.detach(), ends))
+        """Merge rows sorted by expert into all experts of one layer, as `add_groups` takes them."""
+        add_groups(self._seen(array.key, place), values.detach(), ends)
 
     def set_weight(self, array: SiteArray, place: Place, amax: torch.Tensor) -> None:
         """Set max |W| of one linear (a scalar) or of one projection of all experts of a layer ([experts])."""
         self.weights[array.key][place] = amax.float()
 
-    def _merge(
-        self, key: str, place: Place, amax: torch.Tensor, total: torch.Tensor, tokens: torch.Tensor | int
-    ) -> None:
-        stored = self.amax[key][place]
-        torch.maximum(stored, amax, out=stored)  # a computed NaN wins and stays
-        self.total[key][place] += total
-        self.tokens[key][place] += tokens
+    def _seen(self, key: str, place: Place) -> Seen:
+        return Seen(self.amax[key][place], self.total[key][place], self.tokens[key][place])
 
     def snapshot(self) -> dict[str, np.ndarray]:
         """Every statistic copied to host memory, in the store's form.
@@ -71,17 +64,19 @@ class Accumulators:
         Never observed: NaN (tokens -1). Observed with a value that is no number: inf, so that it can't be
         mistaken for it.
         """
-        arrays = {f"weight_amax/{key}": _host(tensor) for key, tensor in self.weights.items()}
+        tensors = {f"weight_amax/{key}": tensor for key, tensor in self.weights.items()}
         for key in self.amax:
-            amax, total, tokens = _host(self.amax[key]), _host(self.total[key]), _host(self.tokens[key])
-            for values in (amax, total):
+            tensors[f"amax/{key}"] = self.amax[key]
+            tensors[f"abs_sum/{key}"] = self.total[key]
+            tensors[f"tokens/{key}"] = self.tokens[key]
+        arrays = to_host(tensors)
+        for key in self.amax:
+            tokens = arrays[f"tokens/{key}"]
+            for name in ("amax", "abs_sum"):
+                values = arrays[f"{name}/{key}"]
                 values[np.isnan(values)] = np.inf
                 values[tokens == 0] = np.nan
-            arrays |= {
-                f"amax/{key}": amax,
-                f"abs_sum/{key}": total,
-                f"tokens/{key}": np.where(tokens == 0, -1, tokens),
-            }
+            tokens[tokens == 0] = -1
         return arrays
 
     def _restore(self, stored: Mapping[str, np.ndarray]) -> None:
@@ -93,8 +88,3 @@ class Accumulators:
                 values = np.where(seen[..., None], stored[f"{name}/{key}"], 0)
                 tensors[key].copy_(torch.from_numpy(values))
             self.tokens[key].copy_(torch.from_numpy(np.where(seen, stored[f"tokens/{key}"], 0)))
-
-
-def _host(tensor: torch.Tensor) -> np.ndarray:
-    array: np.ndarray = tensor.to("cpu", copy=True).numpy()
-    return array

@@ -26,21 +26,15 @@ class Moments:
     def add(self, array: SiteArray, place: Place, values: torch.Tensor) -> None:
         """Add the tokens of one site. values: [..., channels]."""
         if array.key in self.wanted:
-            rows = values.detach().reshape(-1, values.shape[-1]).float()
+            rows = values.detach().reshape(-1, values.shape[-1])
             total = self._sum(array)
             total = total if array.experts is None else total[place[-1]]
-            total.addmm_(rows.T, rows)
+            _add(total[None], rows, torch.full((1,), len(rows), device=rows.device))
 
     def add_experts(self, array: SiteArray, place: Place, values: torch.Tensor, ends: torch.Tensor) -> None:
         """Add rows sorted by expert, where those of expert e end before ends[e]."""
-        if array.key not in self.wanted:
-            return
-        total, start = self._sum(array), 0
-        for expert, end in enumerate(ends.tolist()):
-            if end > start:
-                rows = values[start:end].detach().float()
-                total[expert].addmm_(rows.T, rows)
-            start = end
+        if array.key in self.wanted:
+            _add(self._sum(array), values.detach(), ends)
 
     def of(self, array: SiteArray) -> torch.Tensor:
         """H of an array's sites in this layer, `[experts or 1, channels, channels]`; zeros where nothing was
@@ -55,3 +49,18 @@ class Moments:
             shape = (*experts, array.channels or 0, array.channels or 0)
             self.sums[array.key] = torch.zeros(shape, device=self.device)
         return self.sums[array.key]
+
+
+def _add(totals: torch.Tensor, rows: torch.Tensor, ends: torch.Tensor) -> None:
+    """Add xᵀx of each expert's rows, in float32: totals [experts, channels, channels]."""
+    if rows.is_cuda:
+        from stages.calibrate.kernels.second_moments import add_second_moments
+
+        add_second_moments(totals, rows, ends)
+        return
+    start = 0
+    for total, end in zip(totals, ends.tolist(), strict=True):
+        if end > start:
+            own = rows[start:end].float()
+            total.addmm_(own.T, own)
+        start = end

@@ -211,7 +211,7 @@ def fold_norm(weight: Tensor, scale: Tensor, plus_one: bool) -> tuple[Tensor, Te
     rounded = (gain / scale.double() - one).to(weight.dtype)
     snapped = (gain / (rounded.double() + one)).float()
     usable = snapped.isfinite() & (snapped > 0)
-    return torch.where(usable, rounded, weight), torch.where(usable, snapped, 1.0)
+    return torch.where(usable, rounded, weight), snapped.masked_fill(~usable, 1.0)
 
 
 def fold(tensors: Mapping[str, Tensor], site: FoldSite, scale: Tensor) -> tuple[dict[str, Tensor], Tensor]:

@@ -19,9 +19,10 @@ from torch import Tensor
 
 from stages.calibrate.solve.formats import (
     FP8,
+    NVFP4,
     Format,
-    Quantized,
     block_amax,
+    constants,
     global_scale,
     quantize,
     round_to_nearest,
@@ -37,12 +38,10 @@ RATIOS = tuple(round(0.5 + 0.05 * i, 2) for i in range(11))
 class Solution:
     """amax: f32 `[E, 1, 1]` or, per block, `[E, N, blocks]`, the clipped amax.
     losses: f32 `[E]` or `[E, N, blocks]`, the squared output error under it, summed over tokens.
-    quantized: the weights under it.
     """
 
     amax: Tensor
     losses: Tensor
-    quantized: Quantized
 
 
 def search_tensor(format: Format, weights: Tensor, second_moment: Tensor) -> Solution:
@@ -64,32 +63,32 @@ def in_chunks(
     search: Callable[[Format, Tensor, Tensor], Solution], format: Format, weights: Tensor, moment: Tensor
 ) -> Solution:
     chunks = expert_chunks(len(weights), weights[0].numel())
-    parts = [search(format, weights[part].float(), moment[part]) for part in chunks]
-    return Solution(
-        torch.cat([part.amax for part in parts]),
-        torch.cat([part.losses for part in parts]),
-        Quantized.concatenate([part.quantized for part in parts]),
-    )
+    parts = [search(format, weights[part], moment[part]) for part in chunks]
+    return Solution(torch.cat([part.amax for part in parts]), torch.cat([part.losses for part in parts]))
 
 
 def tensor_ratios(format: Format, weights: Tensor, second_moment: Tensor) -> Solution:
+    weights = weights.float()
     own = tensor_amax(weights)
     differences = (
         round_to_nearest(format, weights, own * ratio).dequantize().sub_(weights) for ratio in RATIOS
     )
     losses = torch.stack([squared_error(difference, second_moment) for difference in differences])
     least, best = losses.min(0)
-    amax = own * torch.tensor(RATIOS, device=own.device)[best][:, None, None]
-    return Solution(amax, least, round_to_nearest(format, weights, amax))
+    return Solution(own * constants(RATIOS, own.device)[best][:, None, None], least)
 
 
 def block_ratios(format: Format, weights: Tensor, second_moment: Tensor) -> Solution:
     size = format.block_size or weights.shape[-1]
     blocks = weights.shape[-1] // size
-    within = torch.stack(
-        [second_moment[:, i * size : (i + 1) * size, i * size : (i + 1) * size] for i in range(blocks)], dim=1
-    )
+    squares = second_moment.unflatten(1, (blocks, size)).unflatten(3, (blocks, size))
+    within = squares.diagonal(dim1=1, dim2=3).permute(0, 3, 1, 2).contiguous()
     shared = global_scale(format, weights)
+    if weights.is_cuda and format is NVFP4 and shared is not None:
+        from stages.calibrate.kernels.nvfp4_clip import clip_blocks
+
+        return Solution(*clip_blocks(weights, within, shared.flatten(), constants(RATIOS, weights.device)))
+    weights = weights.float()
     own = block_amax(format, weights)
     amax, least = own, torch.full_like(own, torch.inf)
     for ratio in RATIOS:
@@ -100,4 +99,4 @@ def block_ratios(format: Format, weights: Tensor, second_moment: Tensor) -> Solu
         better = loss < least
         least = torch.where(better, loss, least)
         amax = torch.where(better, own * ratio, amax)
-    return Solution(amax, least, quantize(format, weights, scales_from_amax(format, amax, shared), shared))
+    return Solution(amax, least)

@@ -11,11 +11,12 @@ hold is snapped before it is judged.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
 
-from stages.calibrate.solve.formats import Format, round_to_nearest
+from stages.calibrate.solve.formats import NVFP4, Format, constants, global_scale, round_to_nearest
 from stages.calibrate.solve.moments import Site, expert_chunks, squared_error
 
 ALPHAS = tuple(round(0.1 * i, 1) for i in range(11))
@@ -30,6 +31,11 @@ class Member:
 
     weights: Tensor
     site: Site
+
+    @cached_property
+    def largest(self) -> Tensor:
+        """max|W| per input channel: f32 `[E, K]`."""
+        return self.weights.abs().amax(1).float()
 
 
 @dataclass(frozen=True)
@@ -48,15 +54,23 @@ class Solution:
 
 def weight_share(weights: Tensor, block_size: int | None) -> Tensor:
     """How large each weight is within its block (0 to 1), averaged over rows: `[E, N, K]` → f32 `[E, K]`."""
-    size = block_size or weights.shape[-1]
+    columns = weights.shape[-1]
+    size = block_size or columns
     # A partial last block is a block of its own: padding it with zeros, as modelopt does, changes no maximum.
-    parts = [part.abs() for part in weights.split(size, dim=-1)]
+    full = columns // size * size
     tiny = torch.finfo(weights.dtype).tiny
-    return torch.cat([(part / (part.amax(-1, keepdim=True) + tiny)).mean(-2) for part in parts], -1).float()
+    shares = []
+    for part, width in ((weights[..., :full], size), (weights[..., full:], columns - full)):
+        if part.shape[-1]:
+            blocks = part.abs().unflatten(-1, (-1, width))
+            shares.append((blocks / (blocks.amax(-1, keepdim=True) + tiny)).flatten(-2).mean(-2))
+    return torch.cat(shares, -1).float()
 
 
-def scale_for(alpha: float, activation: Tensor, share: Tensor) -> Tensor:
-    """activation^alpha / share^(1 - alpha), centred so that max * min = 1: f32 `[..., K]`."""
+def scale_for(alpha: Tensor, activation: Tensor, share: Tensor) -> Tensor:
+    """activation^alpha / share^(1 - alpha), centred so that max * min = 1: f32 `[..., K]`; alpha f32
+    `[..., 1]`.
+    """
     scale = (activation.pow(alpha) / (share.pow(1 - alpha) + TINY)).clamp(SMALLEST_SCALE, LARGEST_SCALE)
     return scale / (scale.amax(-1, keepdim=True) * scale.amin(-1, keepdim=True)).sqrt()
 
@@ -82,57 +96,68 @@ def search(
         members: everything that reads the norm's output through a quantized weight; K is the same for all.
         ties: int64 `[K]`; channels with the same number share a scale (v folded into o: the channels of the
             query heads that read one KV head).
-        snap: makes a scale vector exactly foldable.
+        snap: makes scale vectors `[11, K]` exactly foldable.
     """
     tokens = torch.stack([member.site.tokens.sum() for member in members])
-    rows = torch.tensor([member.weights.shape[1] for member in members], device=tokens.device)
-    abs_sum = torch.stack([member.site.abs_sum.sum(0) for member in members]).sum(0)
-    activation = abs_sum / tokens.sum().clamp(min=1)
+    activation = torch.stack([member.site.abs_sum.sum(0) for member in members]).sum(0)
+    activation = activation / tokens.sum().clamp(min=1)
     # The mean over all rows of all members, as if they were one weight.
-    shares = [weight_share(member.weights, format.block_size) for member in members]
-    every = torch.cat(shares)
-    of_row = torch.cat([count.expand(len(share)) for count, share in zip(rows, shares, strict=True)])
-    share = (every * of_row[:, None]).sum(0) / of_row.sum()
-    scales = torch.stack([scale_for(alpha, tie(activation, ties), tie(share, ties)) for alpha in ALPHAS])
+    rows = [member.weights.shape[1] for member in members]
+    shares = [weight_share(member.weights, format.block_size).sum(0) for member in members]
+    share = torch.stack([count * part for count, part in zip(rows, shares, strict=True)]).sum(0)
+    share = share / sum(count * len(member.weights) for count, member in zip(rows, members, strict=True))
+    alphas = constants(ALPHAS, share.device)[:, None]
+    scales = scale_for(alphas, tie(activation, ties), tie(share, ties))
     if snap is not None:
-        scales = torch.stack([snap(scale) for scale in scales])
-    totals = torch.stack([sum_errors(members, scale, format) for scale in scales])
-    losses = totals / (tokens * rows).sum().clamp(min=1)
+        scales = snap(scales)
+    every = [
+        errors(member, scales[:, None].expand(-1, len(member.weights), -1), format) for member in members
+    ]
+    outputs = torch.stack([seen * count for seen, count in zip(tokens, rows, strict=True)]).sum()
+    losses = torch.cat(every, dim=1).sum(1) / outputs.clamp(min=1)
     return choose(losses[None], scales[None], tokens.sum()[None], squeeze=True)
 
 
 def search_each(member: Member, format: Format) -> Solution:
     """One scale vector per expert: what folds into the expert's own up projection."""
     share = weight_share(member.weights, format.block_size)
-    scales = torch.stack([scale_for(alpha, member.site.abs_mean, share) for alpha in ALPHAS], dim=1)
+    alphas = constants(ALPHAS, share.device)[:, None, None]
+    scales = scale_for(alphas, member.site.abs_mean, share)
     outputs = member.site.tokens.clamp(min=1) * member.weights.shape[1]
-    losses = torch.stack([errors(member, scales[:, i], format) / outputs for i in range(len(ALPHAS))], dim=1)
-    return choose(losses, scales, member.site.tokens, squeeze=False)
+    losses = errors(member, scales, format) / outputs
+    return choose(losses.mT, scales.transpose(0, 1), member.site.tokens, squeeze=False)
 
 
-def sum_errors(members: Sequence[Member], scale: Tensor, format: Format) -> Tensor:
-    """The error of all members under one scale `[K]`: f32 `[]`."""
-    return torch.cat(
-        [errors(member, scale.expand(len(member.weights), -1), format) for member in members]
-    ).sum()
-
-
-def errors(member: Member, scale: Tensor, format: Format) -> Tensor:
-    """Σ ‖(Q(W s)/s - W) x‖² over the site's tokens: scale `[E, K]` → f32 `[E]`."""
+def errors(member: Member, scales: Tensor, format: Format) -> Tensor:
+    """Σ ‖(Q(W s)/s - W) x‖² over the site's tokens: scales `[A, E, K]` → f32 `[A, E]`."""
+    amax = (member.largest * scales).amax(-1)[..., None, None]  # of W s, exactly: rounding is monotonic
     parts = []
-    for part in expert_chunks(len(scale), member.weights[0].numel()):
-        weights, s = member.weights[part].float(), scale[part, None]
-        difference = round_to_nearest(format, weights * s).dequantize().div_(s).sub_(weights)
-        parts.append(squared_error(difference, member.site.second_moment[part]))
-    return torch.cat(parts)
+    for part in expert_chunks(len(member.weights), member.weights[0].numel()):
+        weights, moment = member.weights[part], member.site.second_moment[part]
+        differences = (
+            scaled_difference(format, weights, scales[i, part], amax[i, part]) for i in range(len(scales))
+        )
+        parts.append(torch.stack([squared_error(difference, moment) for difference in differences]))
+    return torch.cat(parts, dim=1)
+
+
+def scaled_difference(format: Format, weights: Tensor, scale: Tensor, amax: Tensor) -> Tensor:
+    """Q(W s)/s - W: weights `[E, N, K]`, scale `[E, K]`, amax max|W s| `[E, 1, 1]` → f32 `[E, N, K]`."""
+    shared = global_scale(format, weights, amax)
+    if weights.is_cuda and format is NVFP4 and shared is not None:
+        from stages.calibrate.kernels import nvfp4_error
+
+        return nvfp4_error.scaled_difference(weights, scale, shared.flatten())
+    weights, s = weights.float(), scale[:, None]
+    return round_to_nearest(format, weights * s, amax).dequantize().div_(s).sub_(weights)
 
 
 def choose(losses: Tensor, scales: Tensor, tokens: Tensor, squeeze: bool) -> Solution:
     """The first alpha of least loss: losses `[E, 11]`, scales `[E, 11, K]`, tokens `[E]`."""
     best = losses.argmin(1)
     scale = scales.gather(1, best[:, None, None].expand(-1, 1, scales.shape[-1]))[:, 0]
-    alpha = torch.tensor(ALPHAS, device=losses.device)[best]
+    alpha = constants(ALPHAS, losses.device)[best]
     judged = tokens > 0
-    scale = torch.where(judged[:, None], scale, 1.0)
-    alpha = torch.where(judged, alpha, torch.nan)
+    scale = scale.masked_fill(~judged[:, None], 1.0)
+    alpha = alpha.masked_fill(~judged, torch.nan)
     return Solution(scale[0], alpha[0], losses[0]) if squeeze else Solution(scale, alpha, losses)

@@ -17,6 +17,7 @@ quantization it needs no CUDA.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -108,6 +109,15 @@ class Quantized:
         )
 
 
+@cache
+def constants(values: tuple[float, ...], device: torch.device) -> Tensor:
+    """Numbers of a search on a device, copied there once: a GPU is waited for at every copy. f32, or int32
+    for integers.
+    """
+    dtype = torch.int32 if all(isinstance(value, int) for value in values) else torch.float32
+    return torch.tensor(values, dtype=dtype, device=device)
+
+
 def step(scale: Tensor, global_scale: Tensor | None) -> Tensor:
     """What one unit of the grid is worth: f32, shaped as `scale`."""
     return scale if global_scale is None else scale.float() * global_scale
@@ -124,7 +134,7 @@ def global_scale(format: Format, weights: Tensor, amax: Tensor | None = None) ->
     if format is not NVFP4:
         return None
     amax = tensor_amax(weights) if amax is None else amax.float()
-    return torch.where(amax > 0, amax / (E2M1_MAX * E4M3_MAX), 1.0)
+    return (amax / (E2M1_MAX * E4M3_MAX)).masked_fill_(~(amax > 0), 1.0)
 
 
 def tensor_amax(weights: Tensor) -> Tensor:
@@ -139,9 +149,9 @@ def scales_from_amax(format: Format, amax: Tensor, global_scale: Tensor | None) 
         amax: f32 `[..., N, blocks]` (int8 `[..., N, 1]`, fp8 `[..., 1, 1]`).
     """
     if global_scale is None:
-        return torch.where(amax > 0, amax / format.bound, 1.0)
+        return (amax / format.bound).masked_fill_(~(amax > 0), 1.0)
     scale = amax / (E2M1_MAX * global_scale)
-    scale = torch.where(scale == 0, 1.0, scale)
+    scale.masked_fill_(scale == 0, 1.0)
     return scale.clamp_(E4M3_MIN, E4M3_MAX).to(torch.float8_e4m3fn)
 
 

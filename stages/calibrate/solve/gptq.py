@@ -22,6 +22,7 @@ from stages.calibrate.solve.formats import (
     Format,
     Quantized,
     block_amax,
+    constants,
     global_scale,
     scales_from_amax,
     step,
@@ -128,7 +129,8 @@ def take_columns(matrix: Tensor, order: Tensor) -> Tensor:
 def inverse_factor(second_moment: Tensor, damping: float) -> Tensor:
     """The upper Cholesky factor of (H + damping * mean(diag H) * I)⁻¹: f32 `[E, K, K]`.
 
-    Computed in f64. Damping keeps it positive definite; an input channel that is always 0 then compensates
+    With J the exchange matrix and J H J = L Lᵀ, it is (J L J)⁻¹: one factorization and one triangular
+    inverse, in f64. Damping keeps H positive definite; an input channel that is always 0 then compensates
     nothing, and is not compensated for.
     """
     damped = second_moment.double()
@@ -136,8 +138,9 @@ def inverse_factor(second_moment: Tensor, damping: float) -> Tensor:
     mean = diagonal.mean(-1, keepdim=True)
     # An all-zero H: the identity, for which nothing is compensated.
     damped = damped + torch.diag_embed((damping * torch.where(mean > 0, mean, 1.0)).expand_as(diagonal))
-    inverse = torch.cholesky_inverse(torch.linalg.cholesky(damped))
-    return torch.linalg.cholesky(inverse, upper=True).float()
+    factor = torch.linalg.cholesky(damped.flip(1, 2)).flip(1, 2)
+    identity = torch.eye(factor.shape[-1], dtype=factor.dtype, device=factor.device)
+    return torch.linalg.solve_triangular(factor, identity.expand_as(factor), upper=True).float()
 
 
 def row_scales(format: Format, weights: Tensor, amax: Tensor | None) -> Tensor:
@@ -166,28 +169,50 @@ def compensate(
         fixed: f32 `[E, N, 1]`, the rows' scales where the format sets no blocks.
     Returns values on the grid f32 `[E, N, K]` and the scales used f32 `[E, N, K / block]`.
     """
-    # Columns first: one column of all experts and rows is then contiguous.
-    remaining = weights.permute(2, 0, 1).contiguous()
+    remaining = weights.mT.contiguous()  # a column's rows lie side by side
     values = torch.empty_like(remaining)
     scales = []
-    block = format.block_size or PANEL
-    for start in range(0, len(remaining), block):
-        stop = min(start + block, len(remaining))
-        if fixed is None:
-            tried = candidate_scales(format, remaining[start:stop].abs().amax(0), shared)
-        else:
-            tried = fixed[None, ..., 0]
-        steps = step(tried, None if shared is None else shared[..., 0])
-        own, errors, best = quantize_block(
-            remaining[start:stop], factor[:, start:stop, start:stop], steps, format
+    columns, block = remaining.shape[1], format.block_size or PANEL
+    for start in range(0, columns, block):
+        stop = min(start + block, columns)
+        solve = solve_block_on_gpu if weights.is_cuda and stop - start == block else solve_block
+        values[:, start:stop], errors, scale = solve(
+            remaining[:, start:stop], factor[:, start:stop, start:stop], format, shared, fixed
         )
-        values[start:stop] = own
-        scales.append(tried.gather(0, best[None])[0])
-        if stop < len(remaining):
-            # [E, N, block] @ [E, block, rest]
-            spread = torch.bmm(errors.permute(1, 2, 0), factor[:, start:stop, stop:])
-            remaining[stop:] -= spread.permute(2, 0, 1)
-    return values.permute(1, 2, 0), torch.stack(scales, dim=-1)
+        scales.append(scale)
+        if stop < columns:
+            remaining[:, stop:].baddbmm_(factor[:, start:stop, stop:].mT, errors, alpha=-1)
+    return values.mT, torch.stack(scales, dim=-1)
+
+
+def solve_block(
+    columns: Tensor, factor: Tensor, format: Format, shared: Tensor | None, fixed: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Choose each row's scale of a block, and quantize under it.
+
+    Args:
+        columns: f32 `[E, B, N]`; factor: f32 `[E, B, B]`; shared, fixed: as in `compensate`.
+    Returns values and errors as `quantize_block` does, and the scales chosen, f32 `[E, N]`.
+    """
+    tried = candidate_scales(format, columns.abs().amax(1), shared) if fixed is None else fixed[None, ..., 0]
+    steps = step(tried, None if shared is None else shared[..., 0])
+    values, errors, best = quantize_block(columns, factor, steps, format)
+    return values, errors, tried.gather(0, best[None])[0]
+
+
+def solve_block_on_gpu(
+    columns: Tensor, factor: Tensor, format: Format, shared: Tensor | None, fixed: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`solve_block` in one kernel."""
+    from stages.calibrate.kernels import gptq_block
+
+    base = columns if fixed is None else fixed[..., 0].contiguous()
+    candidates = constants(INT4_CANDIDATES, columns.device)
+    if shared is not None:
+        base, candidates = shared.flatten(), constants(E4M3_CANDIDATES, columns.device)
+    elif fixed is not None:
+        candidates = candidates[:1]
+    return gptq_block.solve_block(columns, factor, format.name, base, candidates)
 
 
 def quantize_block(
@@ -196,20 +221,20 @@ def quantize_block(
     """Quantize a block's columns one after another under each candidate step; keep each row's best.
 
     Args:
-        columns: f32 `[B, E, N]`; factor: f32 `[E, B, B]`; steps: f32 `[C, E, N]`.
-    Returns values on the grid, f32 `[B, E, N]`; errors (w - q) / factor_jj, likewise; the candidates chosen,
+        columns: f32 `[E, B, N]`; factor: f32 `[E, B, B]`; steps: f32 `[C, E, N]`.
+    Returns values on the grid, f32 `[E, B, N]`; errors (w - q) / factor_jj, likewise; the candidates chosen,
     int64 `[E, N]`.
     """
-    work = columns[:, None].expand(-1, *steps.shape).clone() if len(steps) > 1 else columns[:, None].clone()
+    work = columns.expand(len(steps), *columns.shape).clone()
     values = torch.empty_like(work)
     total = torch.zeros_like(steps)
-    for j in range(len(work)):
-        values[j] = format.round(work[j] / steps)
+    for j in range(columns.shape[1]):
+        column = work[:, :, j]
+        values[:, :, j] = format.round(column / steps)
         # The error takes the column's place.
-        work[j].sub_(values[j] * steps).div_(factor[:, j, j, None])
-        total.addcmul_(work[j], work[j])
-        if j + 1 < len(work):
-            work[j + 1 :] -= factor[:, j, j + 1 :].T[:, None, :, None] * work[j]
+        column.sub_(values[:, :, j] * steps).div_(factor[:, j, j, None])
+        total.addcmul_(column, column)
+        work[:, :, j + 1 :] -= factor[:, j, j + 1 :, None] * column[:, :, None]
     best = total.argmin(0)
-    index = best.expand(len(work), 1, *best.shape)
-    return values.gather(1, index)[:, 0], work.gather(1, index)[:, 0], best
+    index = best[None, :, None].expand(1, *columns.shape)
+    return values.gather(0, index)[0], work.gather(0, index)[0], best

@@ -87,9 +87,10 @@ def solve_layer(
     scales = _search(groups, places, solution) if scales_by_awq else {}
     for group in groups.values():
         folded = _fold_group(group, places, scales)
-        _report_few(folded, solution)
         amax = _finish(folded, clip, damping, solution)
         solution.arrays |= {f"{name}@weight_amax": amax for name in folded.members}
+    for group in groups.values():  # at the end: to look at the tokens is to wait for a GPU
+        solution.policies += _few(group)
     return solution
 
 
@@ -134,7 +135,7 @@ def _snap(place: Place) -> Callable[[Tensor], Tensor]:
     def snap(scale: Tensor) -> Tensor:
         held = fold_norm(norm, scale, place.site.plus_one)[1]
         shift = held / scale
-        return torch.where((shift <= LARGEST_SHIFT) & (shift >= 1 / LARGEST_SHIFT), held, 1.0)
+        return held.masked_fill((shift > LARGEST_SHIFT) | (shift < 1 / LARGEST_SHIFT), 1.0)
 
     return snap
 
@@ -211,11 +212,12 @@ def _finish(group: Group, clip: bool, damping: float | None, solution: LayerSolu
     return flat if _is_stacked(next(iter(group.members))) else flat[0]
 
 
-def _report_few(group: Group, solution: LayerSolution) -> None:
-    """Name the experts whose own tokens are too few: the layer's average stands in for them."""
-    for name in group.members:
-        if _is_stacked(name):
-            few = torch.nonzero(group.site.tokens < FEW_TOKENS).flatten().tolist()
-            if few:
-                modules = [name.replace(".E.", f".{expert}.") for expert in few]
-                solution.policies.append({"policy": "layer-average", "modules": modules})
+def _few(group: Group) -> list[dict[str, object]]:
+    """The experts whose own tokens are too few: the layer's average stands in for them."""
+    stacked = [name for name in group.members if _is_stacked(name)]
+    few = [number for number, seen in enumerate(group.site.tokens.tolist()) if seen < FEW_TOKENS]
+    return [
+        {"policy": "layer-average", "modules": [name.replace(".E.", f".{expert}.") for expert in few]}
+        for name in stacked
+        if few
+    ]

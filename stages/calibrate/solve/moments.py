@@ -5,6 +5,7 @@ the site's tokens makes every layer-wise loss computable without the tokens: Σ 
 """
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -37,8 +38,29 @@ def scaled(site: Site, scale: Tensor) -> Site:
 
 
 def squared_error(difference: Tensor, second_moment: Tensor) -> Tensor:
-    """tr(ΔW H ΔWᵀ), the output's squared error summed over tokens: `[E, N, K]`, `[E, K, K]` → f32 `[E]`."""
-    return (torch.bmm(difference, second_moment) * difference).sum(dim=(1, 2))
+    """tr(ΔW H ΔWᵀ), the output's squared error summed over tokens: `[E, N, K]`, `[E, K, K]` → f32 `[E]`.
+
+    A GPU may multiply in TF32: its rounding averages out over the many products.
+    """
+    with tf32():
+        product = torch.bmm(difference, second_moment)
+    if product.is_cuda:
+        from stages.calibrate.kernels.products import sum_products
+
+        return sum_products(product, difference)
+    return product.mul_(difference).sum(dim=(1, 2))
+
+
+@contextmanager
+def tf32() -> Iterator[None]:
+    """Let float32 matrices be multiplied as TF32 where a GPU can, ten times faster."""
+    matmul = torch.backends.cuda.matmul
+    before = matmul.fp32_precision
+    matmul.fp32_precision = "tf32"
+    try:
+        yield
+    finally:
+        matmul.fp32_precision = before
 
 
 def expert_chunks(experts: int, elements: int) -> Iterator[slice]:

@@ -19,6 +19,12 @@ def problem(columns: int = 256):
     return weights, inputs.mT @ inputs
 
 
+def clipped(format: formats.Format, weights: torch.Tensor, amax: torch.Tensor) -> formats.Quantized:
+    """The weights under what a search per block found."""
+    shared = formats.global_scale(format, weights)
+    return formats.quantize(format, weights, formats.scales_from_amax(format, amax, shared), shared)
+
+
 def test_ratios():
     assert awq_clip.RATIOS == (0.5, 0.55, 0.6, 0.65, 0.7, 0.75, 0.8, 0.85, 0.9, 0.95, 1.0)
 
@@ -42,16 +48,16 @@ def test_tensor_takes_the_ratio_of_least_output_error():
 def test_nvfp4_tensor_clip_moves_the_global_scale():
     weights, moment = problem()
     solution = awq_clip.search_tensor(NVFP4, weights, moment)
-    assert_close(solution.quantized.global_scale, solution.amax / 2688, **EXACT)
+    clipped = formats.round_to_nearest(NVFP4, weights, solution.amax)
+    error = squared_error(clipped.dequantize() - weights, moment)
+    assert_close(solution.losses, error, **EXACT)
 
 
 def test_nvfp4_block_clip_keeps_the_global_scale():
     weights, moment = problem()
     solution = awq_clip.search_block(NVFP4, weights, moment)
-    nearest = formats.round_to_nearest(NVFP4, weights)
-    assert_close(solution.quantized.global_scale, nearest.global_scale, **EXACT)
-    before = squared_error(nearest.dequantize() - weights, moment)
-    after = squared_error(solution.quantized.dequantize() - weights, moment)
+    before = squared_error(formats.round_to_nearest(NVFP4, weights).dequantize() - weights, moment)
+    after = squared_error(clipped(NVFP4, weights, solution.amax).dequantize() - weights, moment)
     assert (after < 0.96 * before).all()
 
 
@@ -65,7 +71,7 @@ def test_a_block_by_hand():
     # on.
     assert_close(solution.amax, torch.tensor([[[63.5]]]), **EXACT)
     assert_close(solution.losses, torch.tensor([[[0.4]]]))
-    assert solution.quantized.values.tolist() == [[[1.0, 127.0]]]
+    assert clipped(INT8, weights, solution.amax).values.tolist() == [[[1.0, 127.0]]]
 
 
 @pytest.mark.parametrize("format", [NVFP4, INT4])
@@ -74,7 +80,7 @@ def test_block_losses_add_up_to_the_error_under_a_block_diagonal_moment(format):
     size = format.block_size
     mask = torch.block_diag(*[torch.ones(size, size)] * (256 // size))
     solution = awq_clip.search_block(format, weights, moment)
-    error = squared_error(solution.quantized.dequantize() - weights, moment * mask)
+    error = squared_error(clipped(format, weights, solution.amax).dequantize() - weights, moment * mask)
     assert_close(solution.losses.sum(dim=(1, 2)), error)
 
 
@@ -85,7 +91,7 @@ def test_chunks_of_experts_are_joined(search, monkeypatch):
     monkeypatch.setattr(moments, "CHUNK_ELEMENTS", 1)
     chunked = search(NVFP4, weights, moment)
     assert_close(chunked.amax, whole.amax, **EXACT)
-    assert_close(chunked.quantized.dequantize(), whole.quantized.dequantize(), **EXACT)
+    assert_close(chunked.losses, whole.losses, **EXACT)
 
 
 def test_fp8_has_no_blocks():
@@ -98,5 +104,6 @@ def test_after_scaling_it_judges_in_the_unscaled_inputs_terms():
     scale = torch.logspace(-1, 1, 256)
     site = moments.Site(moment, torch.ones(2, 256), torch.tensor([9, 9]))
     solution = awq_clip.search_tensor(NVFP4, weights * scale, moments.scaled(site, scale).second_moment)
-    difference = solution.quantized.dequantize() / scale - weights
+    clipped = formats.round_to_nearest(NVFP4, weights * scale, solution.amax)
+    difference = clipped.dequantize() / scale - weights
     assert_close(solution.losses, squared_error(difference, moment), rtol=1e-4, atol=0)

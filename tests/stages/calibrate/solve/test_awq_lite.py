@@ -22,12 +22,12 @@ def member(experts: int = 3, rows: int = 16, columns: int = 64, tokens: int = 25
 
 def test_scale_formula():
     # 4^0.5 / 0.25^0.5 = 4 and 1 / 1 = 1; divided by sqrt(4 * 1).
-    scale = awq_lite.scale_for(0.5, torch.tensor([4.0, 1.0]), torch.tensor([0.25, 1.0]))
+    scale = awq_lite.scale_for(torch.tensor([0.5]), torch.tensor([4.0, 1.0]), torch.tensor([0.25, 1.0]))
     assert_close(scale, torch.tensor([2.0, 0.5]), **EXACT)
 
 
 def test_scale_of_a_dead_channel_is_clamped():
-    scale = awq_lite.scale_for(1.0, torch.tensor([0.0, 1.0]), torch.tensor([1.0, 1.0]))
+    scale = awq_lite.scale_for(torch.tensor([1.0]), torch.tensor([0.0, 1.0]), torch.tensor([1.0, 1.0]))
     assert_close(scale, torch.tensor([0.01, 100.0]))
 
 
@@ -50,7 +50,9 @@ def test_losses_are_the_mean_squared_output_error():
     site = Site((inputs.mT @ inputs)[None], inputs.abs().sum(0)[None], torch.tensor([32]))
     solution = awq_lite.search([Member(weights, site)], NVFP4)
     for index, alpha in enumerate(awq_lite.ALPHAS):
-        scale = awq_lite.scale_for(alpha, inputs.abs().mean(0), awq_lite.weight_share(weights, 16)[0])
+        scale = awq_lite.scale_for(
+            torch.tensor([alpha]), inputs.abs().mean(0), awq_lite.weight_share(weights, 16)[0]
+        )
         quantized = formats.round_to_nearest(NVFP4, weights * scale).dequantize()[0]
         error = (inputs / scale) @ quantized.T - inputs @ weights[0].T
         assert_close(solution.losses[index], error.square().mean(), rtol=1e-4, atol=0)
@@ -113,12 +115,12 @@ def test_ties_and_snapping_hold_for_the_chosen_scale():
     ties = torch.arange(64) % 32
     seen = []
 
-    def snap(scale: torch.Tensor) -> torch.Tensor:
-        seen.append(scale)
-        return scale.log2().round().exp2()
+    def snap(scales: torch.Tensor) -> torch.Tensor:
+        seen.append(scales)
+        return scales.log2().round().exp2()
 
     solution = awq_lite.search([member()], NVFP4, ties=ties, snap=snap)
-    assert len(seen) == 11
+    assert [scales.shape for scales in seen] == [(11, 64)]
     assert_close(solution.scale[:32], solution.scale[32:], **EXACT)
     assert (solution.scale.log2() % 1 == 0).all()
 

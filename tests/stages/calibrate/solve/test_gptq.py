@@ -41,7 +41,7 @@ def test_inverse_factor():
 def test_a_block_by_hand():
     # Two columns on the grid of integers: 0.4 rounds to 0; its error, 0.4, moves to the second as 0.4 * 0.5 /
     # 1.
-    columns = torch.tensor([0.4, 1.4]).view(2, 1, 1)
+    columns = torch.tensor([0.4, 1.4]).view(1, 2, 1)
     factor = torch.tensor([[[1.0, -0.5], [0.0, 2.0]]])
     values, errors, best = gptq.quantize_block(columns, factor, torch.ones(1, 1, 1), INT4)
     assert values.flatten().tolist() == [0.0, 2.0]
@@ -50,7 +50,7 @@ def test_a_block_by_hand():
 
 
 def test_the_candidate_with_least_compensated_error_is_kept():
-    columns = torch.tensor([3.0, 1.0]).view(2, 1, 1)
+    columns = torch.tensor([3.0, 1.0]).view(1, 2, 1)
     factor = torch.eye(2)[None]
     steps = torch.tensor([0.7, 1.0, 2.0]).view(3, 1, 1)
     values, _, best = gptq.quantize_block(columns, factor, steps, INT4)

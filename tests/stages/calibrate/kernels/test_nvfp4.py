@@ -1,0 +1,50 @@
+"""What NVFP4 rounding changes, and where to clip it: the same bits as torch."""
+
+import torch
+from torch.testing import assert_close
+
+from stages.calibrate.kernels import nvfp4_clip, nvfp4_error
+from stages.calibrate.solve import awq_clip, formats
+from stages.calibrate.solve.formats import NVFP4
+
+EXACT = {"rtol": 0, "atol": 0}
+
+
+def heavy_tailed() -> torch.Tensor:
+    weights = torch.randn(3, 20, 176, generator=torch.Generator().manual_seed(0)) ** 3
+    weights[0, 0, :16] = 0
+    return weights.bfloat16()
+
+
+def test_scaled_difference(device: str) -> None:
+    weights = heavy_tailed()
+    scale = torch.rand(3, 176, generator=torch.Generator().manual_seed(1)) * 4 + 0.1
+    scaled = weights.float() * scale[:, None]
+    shared = formats.global_scale(NVFP4, scaled)
+    expected = formats.quantize(
+        NVFP4,
+        scaled,
+        formats.scales_from_amax(NVFP4, formats.block_amax(NVFP4, scaled), shared),
+        shared,
+    )
+    difference = nvfp4_error.scaled_difference(
+        weights.to(device), scale.to(device), shared.flatten().to(device)
+    )
+    assert_close(difference.cpu(), expected.dequantize() / scale[:, None] - weights.float(), **EXACT)
+
+
+def test_clip_blocks(device: str) -> None:
+    weights = heavy_tailed()
+    inputs = torch.randn(3, 400, 176, generator=torch.Generator().manual_seed(2))
+    moment = inputs.mT @ inputs
+    expected = awq_clip.search_block(NVFP4, weights, moment)
+    within = torch.stack([moment[:, i : i + 16, i : i + 16] for i in range(0, 176, 16)], dim=1)
+    amax, losses = nvfp4_clip.clip_blocks(
+        weights.to(device),
+        within.to(device),
+        formats.global_scale(NVFP4, weights).flatten().to(device),
+        torch.tensor(awq_clip.RATIOS, device=device),
+    )
+    assert_close(losses.cpu(), expected.losses, rtol=1e-4, atol=1e-4)
+    # Two ratios may lose the same but for rounding.
+    assert (amax.cpu() == expected.amax).float().mean() > 0.999
