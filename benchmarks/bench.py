@@ -22,10 +22,11 @@ from benchmarks.forward import compare_forwards
 from benchmarks.layers import measure_layers
 from benchmarks.models import for_export, for_forward
 from benchmarks.section import Section
+from benchmarks.solvers import compare_solvers
 from benchmarks.stall import measure_stall
 from stages.calibrate.load import pick_device
 
-PARTS = ("forward", "stall", "export")
+PARTS = ("forward", "stall", "export", "solvers")
 LARGE = "layers"  # writes a model of 6.6 GB first
 
 
@@ -59,6 +60,8 @@ def sections(arguments: argparse.Namespace, scratch: Path, device: torch.device)
     if "export" in arguments.parts:
         for exported in for_export(scratch, device, subject):
             yield compare_exports(exported, scratch, device, arguments.exports)
+    if "solvers" in arguments.parts:
+        yield compare_solvers(subject, device, scratch, arguments.repeat)
     if LARGE in arguments.parts:
         yield measure_layers(subject, scratch)
 

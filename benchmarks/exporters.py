@@ -91,6 +91,7 @@ def modelopt(model: Path, out: Path, recipe: str, device: str) -> Prepare:
 
     from benchmarks.modelopt_calibration import quantized
     from benchmarks.models import SHARD_SIZE
+    from stages.calibrate.load import load_model
 
     import_models()
 
@@ -99,7 +100,7 @@ def modelopt(model: Path, out: Path, recipe: str, device: str) -> Prepare:
             observing(input_ids=torch.arange(256, device=device)[None], use_cache=False)
 
     def prepare() -> Export:
-        calibrated = quantized(model, torch.device(device), recipe, calibration_loop)
+        calibrated = quantized(load_model(model, torch.device(device), "eager"), recipe, calibration_loop)
 
         def export() -> None:
             with torch.inference_mode():

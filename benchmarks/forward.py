@@ -69,7 +69,7 @@ def compare_forwards(subject: Subject, device: torch.device, repeat: int) -> Sec
         works: dict[str, Callable[[], None]] = {BARE: bare, OURS: ours, EAGER: eager, MODELOPT: modelopt}
         timings.update(interleaved(works, device, repeat))
 
-    quantized(subject.model, device, "nvfp4", calibration_loop)
+    quantized(load_model(subject.model, device, "eager"), "nvfp4", calibration_loop)
     return _section(subject, timings, tokens.size)
 
 

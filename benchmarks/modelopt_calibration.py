@@ -3,24 +3,23 @@
 import contextlib
 import io
 from collections.abc import Callable
-from pathlib import Path
 
 import modelopt.torch.quantization as mtq
-import torch
 from transformers import PreTrainedModel
 
-from stages.calibrate.load import load_model
 from stages.recipes import resolve
 
 
 def quantized(
-    folder: Path, device: torch.device, recipe: str, loop: Callable[[PreTrainedModel], None]
+    model: PreTrainedModel, recipe: str, loop: Callable[[PreTrainedModel], None]
 ) -> PreTrainedModel:
-    """Load the model with its experts one by one, as modelopt's quantizers need them, and calibrate it.
+    """Calibrate a model that was loaded with its experts one by one (`eager`), as modelopt's quantizers need
+    them.
 
-    loop: called once with the model; every forward within it is observed.
+    loop: called once with the model, or once per pass that the recipe needs; every forward within it is
+    observed.
     """
     chosen = resolve(recipe)
-    model = load_model(folder, device, "eager")
+    algorithm = {"method": chosen.algorithm, **chosen.algorithm_options}
     with contextlib.redirect_stdout(io.StringIO()):
-        return mtq.quantize(model, chosen.config() | {"algorithm": chosen.algorithm}, loop)
+        return mtq.quantize(model, chosen.config() | {"algorithm": algorithm}, loop)
