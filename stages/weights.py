@@ -2,6 +2,7 @@
 
 import numpy as np
 import torch
+from safetensors import safe_open
 
 from state.source import Source
 
@@ -18,6 +19,15 @@ def read_tensor(source: Source, name: str) -> torch.Tensor:
     entry = source.tensors[name]
     raw = np.frombuffer(source.read(name), dtype=np.uint8).copy()
     return torch.from_numpy(raw).view(TORCH_DTYPES[entry.dtype]).reshape(entry.shape)
+
+
+def map_tensor(source: Source, name: str) -> torch.Tensor:
+    """A tensor in its stored dtype and shape, as a private mapping of the checkpoint: it takes no memory that
+    can't be reclaimed.
+    """
+    with safe_open(source.folder / source.tensors[name].file, framework="pt") as handle:
+        mapped: torch.Tensor = handle.get_tensor(name)
+        return mapped
 
 
 def largest_magnitude(values: torch.Tensor) -> torch.Tensor:

@@ -8,7 +8,7 @@ import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from difflib import get_close_matches
-from functools import cached_property
+from functools import cache, cached_property
 from itertools import chain
 from typing import Literal, Self
 
@@ -34,6 +34,7 @@ class Site:
     role: Role
 
 
+@cache
 def split_name(module: str) -> tuple[str, int | None, int | None]:
     """Split a name into (pattern, layer, expert).
 

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from stages.calibrate.calls import Carried, Hidden, LayerCall, Leaf, Returned, differing
+from stages.calibrate.calls import Carried, Comparison, Hidden, LayerCall, Leaf, Returned, differing
 from stages.calibrate.decoder import Decoder, LayerwiseUnsupported
 from stages.calibrate.head import without_logits
 
@@ -28,9 +28,10 @@ class Capture:
     calls: tuple[LayerCall, ...]
 
 
-def examine(decoder: Decoder, tokens: torch.Tensor) -> int:
+def examine(decoder: Decoder, tokens: torch.Tensor) -> tuple[int, Capture]:
     """Check with one batch of token ids [batch, seq] that the layers can be called one by one. Returns how
-    many values the parent takes from each layer: 0 for a bare tensor, else the length of the tuple.
+    many values the parent takes from each layer (0 for a bare tensor, else the length of the tuple), and the
+    batch's capture.
 
     Raises:
         LayerwiseUnsupported: the parent changes the hidden state between layers, computes arguments from it,
@@ -46,13 +47,13 @@ def examine(decoder: Decoder, tokens: torch.Tensor) -> int:
     else:
         raise reasons[0]
     # An argument computed from hidden states would be wrong here and show it only under another hidden state.
-    other = capture(decoder, tokens, returns, altered=True)
+    other, equal = capture(decoder, tokens, returns, altered=True), Comparison()
     for layer, calls in enumerate(zip(taken.calls, other.calls, strict=True)):
-        if differing(*calls):
+        if differing(*calls, equal):
             raise LayerwiseUnsupported(
                 f"{decoder.model_name} computes arguments of {decoder.name(layer)} from hidden states"
             )
-    return returns
+    return returns, taken
 
 
 def capture(decoder: Decoder, tokens: torch.Tensor, returns: int, altered: bool = False) -> Capture:

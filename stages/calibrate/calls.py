@@ -80,8 +80,13 @@ class LayerCall:
         return filled(args), filled(kwargs)
 
 
-def differing(call: LayerCall, other: LayerCall) -> list[int]:
+def differing(
+    call: LayerCall, other: LayerCall, equal: Callable[[torch.Tensor, torch.Tensor], bool] = torch.equal
+) -> list[int]:
     """Indices of the tensor leaves with other values in `other`.
+
+    Args:
+        equal: compares two leaves; `Comparison` where the calls of many layers hold the same tensors.
 
     Raises:
         LayerwiseUnsupported: the calls differ in anything else.
@@ -91,13 +96,31 @@ def differing(call: LayerCall, other: LayerCall) -> list[int]:
     found = []
     for index, (left, right) in enumerate(zip(call.leaves, other.leaves, strict=True)):
         if isinstance(left, torch.Tensor) and isinstance(right, torch.Tensor):
-            if not torch.equal(left, right):
+            if not equal(left, right):
                 found.append(index)
         elif isinstance(left, torch.Tensor) or isinstance(right, torch.Tensor) or left != right:
             raise LayerwiseUnsupported(
                 f"a layer's argument changes from {left!r} to {right!r} from batch to batch"
             )
     return found
+
+
+class Comparison:
+    """`torch.equal` that looks at each pair of tensors once: layers are handed the same masks and rotary
+    embeddings, and a GPU is waited for at every look.
+
+    Keeps what it was given, so that identities stay unique.
+    """
+
+    def __init__(self) -> None:
+        self._known: dict[tuple[int, int], tuple[bool, torch.Tensor, torch.Tensor]] = {}
+
+    def __call__(self, left: torch.Tensor, right: torch.Tensor) -> bool:
+        """Whether both hold the same values."""
+        pair = id(left), id(right)
+        if pair not in self._known:
+            self._known[pair] = left is right or torch.equal(left, right), left, right
+        return self._known[pair][0]
 
 
 class Calls:
@@ -125,9 +148,9 @@ class Calls:
             LayerwiseUnsupported: the calls are built otherwise than those of an earlier batch of this shape.
         """
         self._shape_of[batch] = shape
-        kept = self._calls.setdefault(shape, calls)
+        kept, equal = self._calls.setdefault(shape, calls), Comparison()
         for layer, (call, other) in enumerate(zip(kept, calls, strict=True)):
-            own = {str(index): other.leaves[index] for index in differing(call, other)}
+            own = {str(index): other.leaves[index] for index in differing(call, other, equal)}
             if own:
                 self._buffer(layer, len(calls), own).write(batch, own)
                 self._has_own.add((layer, batch))

@@ -4,6 +4,7 @@ solutions, one commit, the next layer.
 
 import json
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from types import TracebackType
@@ -21,9 +22,9 @@ from stages.calibrate.layerwise import Step as LayerStep
 from stages.calibrate.moments import Moments
 from stages.calibrate.observe import observed, record_weights, stores_its_own
 from stages.calibrate.schedule import Step, Tick
-from stages.calibrate.sinks import Several, Sink
-from stages.skeleton import Skeleton
-from stages.weights import largest_magnitude, read_tensor
+from stages.calibrate.sinks import Selected, Sink
+from stages.skeleton import LinearModule, Skeleton
+from stages.weights import largest_magnitude, map_tensor
 from state.durable import Disk
 from state.layout import Site
 from state.source import Source
@@ -89,6 +90,7 @@ class LayerByLayer:
         self._stack = ExitStack()
 
     def __enter__(self) -> Self:
+        self._background = self._stack.enter_context(ThreadPoolExecutor(1, thread_name_prefix="outside"))
         self._stack.enter_context(self.forward)
         return self
 
@@ -109,26 +111,34 @@ class LayerByLayer:
 
     def steps(self, cursor: Cursor) -> Iterator[Step]:
         first = self._first(cursor)
+        outside = None if self.finished else self._background.submit(self._outside_weights)
         self.forward.start(self._boundary(first))
+        yield from self._layers(cursor, first)
+        if outside is not None:
+            self._head()
+            for site, amax in outside.result().items():
+                self.statistics.set_weight(*self.statistics.layout.locate(site), amax)
+            end = Cursor(pass_number=cursor.pass_number, layer=self.layers + 1)
+            yield Step(end, finished=True, commit=True)
+
+    def _layers(self, cursor: Cursor, first: int) -> Iterator[Step]:
+        selected = Selected()
         wanted: dict[int, Moments] = {}
 
         @contextmanager
         def observe(layer: int, _module: nn.Module) -> Iterator[None]:
-            with self._observers(layer, self._new_statistics(layer, cursor), wanted):
+            with selected.hand_to(*self._sinks(layer, self._new_statistics(layer, cursor), wanted)):
                 yield
 
-        for step in self.forward.steps(observe, first):
-            solution = None
-            if step.layer in wanted and self.solver is not None:
-                solution = self.solver.solve(step.layer, wanted.pop(step.layer))
-            self._keep_boundary(step)
-            position = Cursor(pass_number=cursor.pass_number, layer=step.layer + 1)
-            solutions = () if solution is None else (solution,)
-            yield Step(position, self.finished, commit=True, solutions=solutions)
-        if not self.finished:
-            self._head()
-            end = Cursor(pass_number=cursor.pass_number, layer=self.layers + 1)
-            yield Step(end, finished=True, commit=True)
+        with observed(self.skeleton, self.skeleton.model, self.statistics.layout, selected):
+            for step in self.forward.steps(observe, first):
+                solution = None
+                if step.layer in wanted and self.solver is not None:
+                    solution = self.solver.solve(step.layer, wanted.pop(step.layer))
+                self._keep_boundary(step)
+                position = Cursor(pass_number=cursor.pass_number, layer=step.layer + 1)
+                solutions = () if solution is None else (solution,)
+                yield Step(position, self.finished, commit=True, solutions=solutions)
 
     def _first(self, cursor: Cursor) -> int:
         """The first layer of which anything is missing."""
@@ -140,8 +150,8 @@ class LayerByLayer:
     def _new_statistics(self, layer: int, cursor: Cursor) -> bool:
         return not self.finished and layer >= cursor.layer
 
-    @contextmanager
-    def _observers(self, layer: int, statistics: bool, wanted: dict[int, Moments]) -> Iterator[None]:
+    def _sinks(self, layer: int, statistics: bool, wanted: dict[int, Moments]) -> list[Sink]:
+        """What takes a layer's rows."""
         prefix = f"{self.forward.decoder.name(layer)}."
         sinks: list[Sink] = []
         if statistics:
@@ -150,29 +160,32 @@ class LayerByLayer:
         if self.solver is not None and self.solver.missing(layer):
             wanted[layer] = self.solver.moments(layer)
             sinks.append(wanted[layer])
-        layout, model = self.statistics.layout, self.skeleton.model
-        with observed(self.skeleton, model, layout, Several(sinks), prefix):
-            yield
+        return sinks
 
     def _head(self) -> None:
-        """What lies behind the last layer: the head's input, and the weights outside of layers."""
+        """What lies behind the last layer: the head's input."""
         layout = self.statistics.layout
-        outside = [
-            linear for linear in self.skeleton.linears if self.forward.decoder.layer_of(linear.memory) is None
-        ]
         head = self.skeleton.model.get_output_embeddings()
         for values in self.forward.heads():
-            for linear in outside:
+            for linear in self._outside():
                 site = Site(linear.hub, "input")
                 if self.skeleton.model.get_submodule(linear.memory) is head and stores_its_own(layout, site):
                     self.statistics.add(*layout.locate(site), values)
-        for linear in outside:
+
+    def _outside(self) -> list[LinearModule]:
+        """Linears that belong to no layer."""
+        layer_of = self.forward.decoder.layer_of
+        return [linear for linear in self.skeleton.linears if layer_of(linear.memory) is None]
+
+    def _outside_weights(self) -> dict[Site, torch.Tensor]:
+        """max |W| of every linear outside of layers, while the layers compute."""
+        found = {}
+        for linear in self._outside():
             name = self._stored_weight(linear.memory)
             if name is not None:
-                weight = read_tensor(self.source, name)
-                self.statistics.set_weight(
-                    *layout.locate(Site(linear.hub, "weight")), largest_magnitude(weight.flatten())
-                )
+                weight = map_tensor(self.source, name)
+                found[Site(linear.hub, "weight")] = largest_magnitude(weight.flatten())
+        return found
 
     def _stored_weight(self, memory: str) -> str | None:
         """The hub tensor of a module's weight; for a tied output head that of the embeddings."""

@@ -97,8 +97,9 @@ class LayerwiseForward:
         for index, batch in enumerate(self._batches):
             tokens = self._tokens(batch)
             if index == 0:
-                self._returns = examine(self.decoder, tokens)
-            taken = capture(self.decoder, tokens, self._returns)
+                self._returns, taken = examine(self.decoder, tokens)
+            else:
+                taken = capture(self.decoder, tokens, self._returns)
             self._calls.add(index, tokens.shape, taken.calls)
             if not restored:
                 self._states.write(index, {HIDDEN: taken.hidden})

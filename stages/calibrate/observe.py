@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from functools import cache
 from typing import Any
 
 import torch
@@ -14,35 +15,36 @@ from stages.calibrate.experts import expert_parameters, watch_experts
 from stages.calibrate.sinks import Place, Sink
 from stages.skeleton import ExpertsModule, Skeleton
 from stages.weights import largest_magnitude
-from state.layout import Layout, Site, SiteArray
+from state.layout import Layout, Site, SiteArray, split_name
 
 
 @contextmanager
-def observed(
-    skeleton: Skeleton, model: PreTrainedModel, layout: Layout, sink: Sink, within: str = ""
-) -> Iterator[None]:
-    """Within the context every forward of `model` is added to `sink`; its outputs stay bit-equal.
+def observed(skeleton: Skeleton, model: PreTrainedModel, layout: Layout, sink: Sink) -> Iterator[None]:
+    """Within the context every forward of `model`, or of a part of it, is added to `sink`; its outputs stay
+    bit-equal.
 
-    skeleton: the same model without weights, for the names. within: prefix of the memory names of the modules
-    to observe, such as `model.layers.3.`; all of them by default.
+    skeleton: the same model without weights, for the names.
     """
-    attentions = {id(module): skeleton.hub_name(name) for name, module in model.named_modules()}
+    names = {module: name for name, module in model.named_modules()}
     with ExitStack() as stack:
         for linear in skeleton.linears:
-            if linear.memory.startswith(within) and stores_its_own(layout, Site(linear.hub, "input")):
+            if stores_its_own(layout, Site(linear.hub, "input")):
                 array, place = layout.locate(Site(linear.hub, "input"))
                 module = model.get_submodule(linear.memory)
                 hook = module.register_forward_pre_hook(_input_hook(sink, array, place), with_kwargs=True)
                 stack.callback(hook.remove)
         for experts in skeleton.experts:
-            if experts.memory.startswith(within):
-                for hook in _watch(experts, model.get_submodule(experts.memory), layout, sink):
-                    stack.callback(hook.remove)
+            for hook in _watch(experts, model.get_submodule(experts.memory), layout, sink):
+                stack.callback(hook.remove)
 
-        def key_value(module: nn.Module, key: torch.Tensor, value: torch.Tensor) -> None:
-            name = attentions[id(module)]
-            sink.add(*layout.locate(Site(name, "k")), channels_last(key))
-            sink.add(*layout.locate(Site(name, "v")), channels_last(value))
+        @cache
+        def located(module: nn.Module) -> list[tuple[SiteArray, Place]]:
+            name = skeleton.hub_name(names[module])
+            return [layout.locate(Site(name, "k")), layout.locate(Site(name, "v"))]
+
+        def key_value(module: nn.Module, *observed: torch.Tensor) -> None:
+            for (array, place), values in zip(located(module), observed, strict=True):
+                sink.add(array, place, channels_last(values))
 
         stack.enter_context(observed_attention(model, key_value))
         yield
@@ -53,13 +55,16 @@ def stores_its_own(layout: Layout, site: Site) -> bool:
     same tensor.
     """
     array, _ = layout.locate(site)
-    return any(site == own for own in array.sites())
+    return (array.pattern, array.role) == (split_name(site.module)[0], site.role)
 
 
 def record_weights(
     skeleton: Skeleton, model: PreTrainedModel, statistics: Accumulators, within: str = ""
 ) -> None:
-    """Set max |W| of every linear, router and expert projection that is loaded. within: as in `observed`."""
+    """Set max |W| of every linear, router and expert projection that is loaded.
+
+    within: prefix of the memory names of modules, such as `model.layers.3.`; all of them by default.
+    """
     layout = statistics.layout
     for linear in skeleton.linears:
         if not linear.memory.startswith(within):

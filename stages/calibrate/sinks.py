@@ -1,6 +1,7 @@
 """Where observed rows go."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Protocol
 
 import torch
@@ -20,11 +21,20 @@ class Sink(Protocol):
         """Rows sorted by expert, and where each expert's rows end."""
 
 
-class Several:
-    """Hands everything to several sinks, in order."""
+class Selected:
+    """Hands everything to the sinks of the moment, in order."""
 
-    def __init__(self, sinks: Sequence[Sink]) -> None:
+    def __init__(self) -> None:
+        self.sinks: Sequence[Sink] = ()
+
+    @contextmanager
+    def hand_to(self, *sinks: Sink) -> Iterator[None]:
+        """Within the context these sinks, and none after it."""
         self.sinks = sinks
+        try:
+            yield
+        finally:
+            self.sinks = ()
 
     def add(self, array: SiteArray, place: Place, values: torch.Tensor) -> None:
         for sink in self.sinks:

@@ -9,12 +9,13 @@ import torch
 from torch import Tensor
 
 from stages.calibrate.accumulate import Accumulators
+from stages.calibrate.host import to_host
 from stages.calibrate.moments import Moments
 from stages.calibrate.observe import split_projections
 from stages.calibrate.solve.formats import FORMATS, INT4, Format
 from stages.calibrate.solve.layer import Group, Place, solve_layer
 from stages.calibrate.solve.moments import Site as SolverSite
-from stages.export.fold import FoldMap
+from stages.export.fold import FoldMap, FoldSite
 from stages.quantizers import QuantizerPlan
 from stages.skeleton import Skeleton
 from stages.solvers import Solver, stacked_name
@@ -46,13 +47,16 @@ class SolverPass:
         self.statistics, self.folds = statistics, folds
         self.solved, self.attributes = solved, attributes
         self.modules = _modules_by_layer(quantizers)
+        self.sites = _sites_by_layer(folds)
 
     def missing(self, layer: int) -> bool:
         return layer in self.modules and layer not in self.solved
 
     def moments(self, layer: int) -> Moments:
         layout = self.statistics.layout
-        keys = {layout.locate(Site(module, "input"))[0].key for module in self.modules[layer]}
+        # All experts of a layer share an array.
+        modules = (module for module in self.modules[layer] if split_name(module)[2] in (None, 0))
+        keys = {layout.locate(Site(module, "input"))[0].key for module in modules}
         return Moments(keys, self._device())
 
     @torch.inference_mode()
@@ -66,14 +70,10 @@ class SolverPass:
             clip=method in ("awq_clip", "awq_full"),
             damping=self.solver.damping if method == "gptq" else None,
         )
-        kept = {
-            module: reason
-            for module, reason in self.folds.impossible.items()
-            if module in self.modules[layer]
-        }
+        modules = self.modules[layer]
+        kept = {module: reason for module, reason in self.folds.impossible.items() if module in modules}
         attributes = self.attributes | {"method": method, "policies": found.policies, "kept_at_one": kept}
-        arrays = {name: values.cpu().numpy() for name, values in found.arrays.items()}
-        return Solution(self.solver.id, layer, arrays, attributes)
+        return Solution(self.solver.id, layer, to_host(found.arrays), attributes)
 
     def _groups(self, layer: int, moments: Moments) -> dict[str, Group]:
         """Quantized weights by the site they read, and format: [experts or 1, out, in]."""
@@ -134,19 +134,16 @@ class SolverPass:
 
     def _places(self, layer: int) -> list[Place]:
         """Where this layer's scales can go, experts taken together."""
-        places: dict[str, Place] = {}
-        for site in self.folds.sites.values():
-            if split_name(site.name)[1] != layer or stacked_name(site.name) in places:
-                continue
-            norm = self._parameter(site.sources[0].tensor) if site.kind == "norm" else None
-            places[stacked_name(site.name)] = Place(
+        return [
+            Place(
                 site,
-                stacked_name(site.name),
+                name,
                 tuple(dict.fromkeys(stacked_name(part.module) for part in site.divided)),
                 tuple(dict.fromkeys(stacked_name(part.module) for part in site.consumers)),
-                norm,
+                self._parameter(site.sources[0].tensor) if site.kind == "norm" else None,
             )
-        return list(places.values())
+            for name, site in self.sites.get(layer, {}).items()
+        ]
 
     def _parameter(self, tensor: str) -> Tensor:
         return self.skeleton.model.get_parameter(self.skeleton.parameter_of[tensor][0]).detach()
@@ -159,11 +156,21 @@ def _solver_format(weight_format: str) -> Format:
     return SOLVER_FORMATS.get(weight_format) or FORMATS[weight_format]
 
 
-def _modules_by_layer(quantizers: QuantizerPlan) -> dict[int, list[str]]:
-    """Quantized modules of each decoder layer."""
-    modules: dict[int, list[str]] = {}
+def _modules_by_layer(quantizers: QuantizerPlan) -> dict[int, dict[str, None]]:
+    """Quantized modules of each decoder layer, in order."""
+    modules: dict[int, dict[str, None]] = {}
     for module in quantizers.weights:
         layer = split_name(module)[1]
         if layer is not None:
-            modules.setdefault(layer, []).append(module)
+            modules.setdefault(layer, {})[module] = None
     return modules
+
+
+def _sites_by_layer(folds: FoldMap) -> dict[int, dict[str, FoldSite]]:
+    """The places to fold of each decoder layer by stacked name, the first expert's standing for all."""
+    sites: dict[int, dict[str, FoldSite]] = {}
+    for site in folds.sites.values():
+        layer = split_name(site.name)[1]
+        if layer is not None:
+            sites.setdefault(layer, {}).setdefault(stacked_name(site.name), site)
+    return sites

@@ -66,13 +66,13 @@ class Weights:
         return sum(self._source.tensors[name].nbytes for name in self._tensors[part])
 
     def read(self, part: Part) -> dict[str, torch.Tensor]:
-        """The hub tensors of a part as stored, read from the disk on return.
+        """The hub tensors of a part as stored, read from the disk on return; none where it is loaded.
 
         On a GPU they are copies there, complete. In host memory they are private mappings of the checkpoint,
         so that weights which need no conversion take no memory that can't be reclaimed.
         """
         files: dict[str, list[str]] = defaultdict(list)
-        for name in self._tensors[part]:
+        for name in () if self._loaded(part) else self._tensors[part]:
             files[self._source.tensors[name].file].append(name)
         tensors = {}
         with torch.cuda.stream(self._copies):
@@ -92,11 +92,13 @@ class Weights:
         return torch.empty_like(mapped, pin_memory=True).copy_(mapped).to(self._device, non_blocking=True)
 
     def load(self, part: Part, tensors: dict[str, torch.Tensor]) -> None:
-        """Give the part its weights from what `read` returned, which is emptied.
+        """Give the part its weights from what `read` returned, which is emptied. One that is loaded stays so.
 
         Raises:
             LayerwiseUnsupported: transformers can't convert them, or a weight is in no hub tensor.
         """
+        if self._loaded(part):
+            return
         if self._copies is not None:
             for tensor in tensors.values():
                 tensor.record_stream(torch.cuda.current_stream(self._device))
@@ -122,8 +124,11 @@ class Weights:
         if missing:
             raise LayerwiseUnsupported(f"no hub tensor fills {', '.join(missing)}")
 
+    def _loaded(self, part: Part) -> bool:
+        return not any(_tensor(self._model, name).is_meta for name in self._parameters[part])
+
     def free(self, part: Part) -> None:
-        """Put a loaded part back on the meta device."""
+        """Put a part that `load` filled back on the meta device."""
         for name in self._parameters[part]:
             if name in self._empty:
                 _assign(self._model, name, self._empty.pop(name))
@@ -144,11 +149,20 @@ class _Once:
 def materialise_buffers(model: PreTrainedModel, device: torch.device) -> None:
     """Compute a meta-device model's buffers (rotary frequencies, embedding scales) as `from_pretrained` does.
 
-    Buffers that the checkpoint stores stay on meta: they come with their layer.
+    Buffers that the checkpoint stores stay on meta: they come with their layer. A second call changes
+    nothing.
     """
-    for name, buffer in list(model.named_non_persistent_buffers()):
+    absent = [(name, buffer) for name, buffer in model.named_non_persistent_buffers() if buffer.is_meta]
+    for name, buffer in absent:
         _assign(model, name, torch.empty_like(buffer, device=device))
-    model.initialize_weights()
+    if absent:
+        model.initialize_weights()
+
+
+def _tensor(model: nn.Module, name: str) -> torch.Tensor:
+    module, _, leaf = name.rpartition(".")
+    tensor: torch.Tensor = getattr(model.get_submodule(module), leaf)
+    return tensor
 
 
 def _assign(model: nn.Module, name: str, value: torch.Tensor) -> None:

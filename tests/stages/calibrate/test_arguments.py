@@ -52,7 +52,7 @@ def plain(model, hidden):
 
 def test_arguments_are_recorded_with_the_hidden_state_left_open():
     decoder = decoder_of(plain)
-    assert examine(decoder, TOKENS) == 0
+    assert examine(decoder, TOKENS)[0] == 0
     taken = capture(decoder, TOKENS, 0)
     assert torch.equal(taken.hidden, decoder.model.embed(TOKENS))
     assert len(taken.calls) == 3
@@ -87,7 +87,7 @@ def test_values_returned_beside_the_hidden_state():
         return hidden
 
     decoder = decoder_of(parent)
-    assert examine(decoder, TOKENS) == 2
+    assert examine(decoder, TOKENS)[0] == 2
     first, second, _ = capture(decoder, TOKENS, 2).calls
     assert first.template == ((Hidden(), Leaf(0)), {})
     assert second.template == ((Hidden(), Returned(1)), {})
