@@ -64,8 +64,7 @@ def capture(decoder: Decoder, tokens: torch.Tensor, returns: int, altered: bool 
     stand_ins = _StandIns(decoder, returns)
     if altered:
         stand_ins.outputs[0] = lambda hidden: hidden * 0.5 + 1
-    # Not inference mode: its tensors have no version counter, by which in-place changes are noticed.
-    with stand_ins.installed(), without_logits(decoder.model), torch.no_grad():
+    with stand_ins.installed(), without_logits(decoder.model), versions_counted():
         try:
             decoder.model(input_ids=tokens, use_cache=False)
         except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
@@ -83,10 +82,20 @@ def finish(decoder: Decoder, tokens: torch.Tensor, hidden: torch.Tensor, returns
     """What the parent makes of the last layer's output: the output head's input, [batch, seq, hidden]."""
     found: list[torch.Tensor] = []
     stand_ins = _StandIns(decoder, returns)
-    stand_ins.outputs[len(decoder.layers) - 1] = lambda _: hidden
-    with stand_ins.installed(), without_logits(decoder.model, found.append), torch.no_grad():
+    with stand_ins.installed(), without_logits(decoder.model, found.append), versions_counted():
+        own = hidden.clone()
+        stand_ins.outputs[len(decoder.layers) - 1] = lambda _: own
         decoder.model(input_ids=tokens, use_cache=False)
     return found[0]
+
+
+@contextmanager
+def versions_counted() -> Iterator[None]:
+    """No gradients, but not inference mode: its tensors have no version counter, by which changes in place
+    are noticed.
+    """
+    with torch.inference_mode(False), torch.no_grad():
+        yield
 
 
 @dataclass(frozen=True)

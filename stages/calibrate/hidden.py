@@ -209,9 +209,9 @@ class HiddenStates:
         return True
 
     def begin(self) -> None:
-        """Start at boundary 0, whose batches `write` then takes; `turn` makes it the one that is read."""
+        """Start before layer 0, whose inputs are not kept here."""
         self._clean(keep=None)
-        self.layer = -1
+        self.layer = 0
 
     def write(self, batch: int, state: State) -> None:
         """Put a batch's state at the boundary after the current layer."""

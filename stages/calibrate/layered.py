@@ -48,7 +48,8 @@ class LayerSolver(Protocol):
 
 
 class LayerByLayer:
-    """One pass for statistics, solutions or both; a step is one decoder layer, the last one the output head.
+    """One pass for statistics, solutions or both; a step is one decoder layer, the last one with the output
+    head.
 
     Args:
         statistics: added to from layer `cursor.layer` on, unless they are finished already.
@@ -86,6 +87,7 @@ class LayerByLayer:
             self.folder,
             limits,
             lambda _layer, number: tick(sizes[number]),
+            head=None if finished else self._add_head,
         )
         self._stack = ExitStack()
 
@@ -113,32 +115,28 @@ class LayerByLayer:
         first = self._first(cursor)
         outside = None if self.finished else self._background.submit(self._outside_weights)
         self.forward.start(self._boundary(first))
-        yield from self._layers(cursor, first)
-        if outside is not None:
-            self._head()
-            for site, amax in outside.result().items():
-                self.statistics.set_weight(*self.statistics.layout.locate(site), amax)
-            end = Cursor(pass_number=cursor.pass_number, layer=self.layers + 1)
-            yield Step(end, finished=True, commit=True)
-
-    def _layers(self, cursor: Cursor, first: int) -> Iterator[Step]:
-        selected = Selected()
-        wanted: dict[int, Moments] = {}
+        selected, wanted = Selected(), dict[int, Moments]()
 
         @contextmanager
         def observe(layer: int, _module: nn.Module) -> Iterator[None]:
             with selected.hand_to(*self._sinks(layer, self._new_statistics(layer, cursor), wanted)):
                 yield
 
-        with observed(self.skeleton, self.skeleton.model, self.statistics.layout, selected):
+        layout, layers = self.statistics.layout, f"{self.forward.decoder.path}."
+        with observed(self.skeleton, self.skeleton.model, layout, selected, layers):
             for step in self.forward.steps(observe, first):
                 solution = None
                 if step.layer in wanted and self.solver is not None:
                     solution = self.solver.solve(step.layer, wanted.pop(step.layer))
-                self._keep_boundary(step)
+                last = step.layer + 1 == self.layers
+                if last and outside is not None:
+                    for site, amax in outside.result().items():
+                        self.statistics.set_weight(*layout.locate(site), amax)
+                elif not last:
+                    self._keep_boundary(step)
                 position = Cursor(pass_number=cursor.pass_number, layer=step.layer + 1)
                 solutions = () if solution is None else (solution,)
-                yield Step(position, self.finished, commit=True, solutions=solutions)
+                yield Step(position, self.finished or last, commit=True, solutions=solutions)
 
     def _first(self, cursor: Cursor) -> int:
         """The first layer of which anything is missing."""
@@ -162,15 +160,14 @@ class LayerByLayer:
             sinks.append(wanted[layer])
         return sinks
 
-    def _head(self) -> None:
-        """What lies behind the last layer: the head's input."""
+    def _add_head(self, values: torch.Tensor) -> None:
+        """Statistics of the output head's input."""
         layout = self.statistics.layout
         head = self.skeleton.model.get_output_embeddings()
-        for values in self.forward.heads():
-            for linear in self._outside():
-                site = Site(linear.hub, "input")
-                if self.skeleton.model.get_submodule(linear.memory) is head and stores_its_own(layout, site):
-                    self.statistics.add(*layout.locate(site), values)
+        for linear in self._outside():
+            site = Site(linear.hub, "input")
+            if self.skeleton.model.get_submodule(linear.memory) is head and stores_its_own(layout, site):
+                self.statistics.add(*layout.locate(site), values)
 
     def _outside(self) -> list[LinearModule]:
         """Linears that belong to no layer."""

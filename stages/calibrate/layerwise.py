@@ -13,10 +13,10 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from stages.calibrate.arguments import capture, examine, finish
+from stages.calibrate.arguments import Capture, capture, examine, finish
 from stages.calibrate.calls import Calls
 from stages.calibrate.decoder import find_decoder
-from stages.calibrate.hidden import HIDDEN, Boundary, HiddenStates, Limits
+from stages.calibrate.hidden import HIDDEN, Boundary, HiddenStates, Limits, State
 from stages.calibrate.weights import OUTSIDE, Weights, materialise_buffers
 from stages.skeleton import Skeleton
 from state.source import Source
@@ -40,9 +40,11 @@ class Step:
 
 
 class LayerwiseForward:
-    """One forward of all windows: within a `with`, call `start`, go through `steps`, then through `heads`.
+    """One forward of all windows: within a `with`, call `start`, then go through `steps`.
 
-    When the `with` ends, files of hidden states are deleted; when an exception ends it, they stay to go on.
+    What the parent model does before the first layer and behind the last is done batch by batch beside these
+    layers, so that a GPU is not kept waiting for it. When the `with` ends, files of hidden states are
+    deleted; when an exception ends it, they stay to go on.
 
     Args:
         skeleton: the model on the meta device; its buffers are materialised here, its layers loaded in turn.
@@ -51,6 +53,8 @@ class LayerwiseForward:
         batch: windows per forward.
         folder: for what doesn't fit `limits`; its files are deleted, save the one that `start` goes on from.
         advance: called with (layer, batch) after each batch, for progress; what it raises ends the forward.
+        head: called with the output head's input of each batch, [windows, seq, hidden], as the last layer
+        runs.
 
     Raises:
         LayerwiseUnsupported: the model can't be run this way (here and in all methods).
@@ -66,6 +70,7 @@ class LayerwiseForward:
         folder: Path,
         limits: Limits,
         advance: Advance = lambda layer, batch: None,
+        head: Callable[[torch.Tensor], None] | None = None,
     ) -> None:
         materialise_buffers(skeleton.model, device)
         self.decoder = find_decoder(skeleton.model)
@@ -75,7 +80,9 @@ class LayerwiseForward:
         self._states = HiddenStates(folder / "hidden", len(self._batches), device, limits)
         self._calls = Calls(folder / "arguments", len(self._batches), device, limits)
         self._advance = advance
+        self._head = head
         self._returns = 0
+        self._examined: Capture | None = None
         self._reader = ThreadPoolExecutor(1, thread_name_prefix="read-weights")
 
     def __enter__(self) -> "LayerwiseForward":
@@ -88,24 +95,12 @@ class LayerwiseForward:
             self._states.close()
 
     def start(self, boundary: Boundary | None = None) -> int:
-        """Embed all batches and record the arguments of every layer. Returns the first layer that is yet to
-        run: the one behind `boundary`, or 0 when none is given or its file is gone or damaged."""
-        restored = boundary is not None and self._states.restore(boundary)
-        if not restored:
+        """Check with the first batch that the layers can be called one by one. Returns the first layer that
+        is yet to run: the one behind `boundary`, or 0 when none is given or its file is gone or damaged."""
+        if boundary is None or not self._states.restore(boundary):
             self._states.begin()
         self._weights.load(OUTSIDE, self._weights.read(OUTSIDE))
-        for index, batch in enumerate(self._batches):
-            tokens = self._tokens(batch)
-            if index == 0:
-                self._returns, taken = examine(self.decoder, tokens)
-            else:
-                taken = capture(self.decoder, tokens, self._returns)
-            self._calls.add(index, tokens.shape, taken.calls)
-            if not restored:
-                self._states.write(index, {HIDDEN: taken.hidden})
-        self._weights.free(OUTSIDE)
-        if not restored:
-            self._states.turn()
+        self._returns, self._examined = examine(self.decoder, self._tokens(0))
         return self._states.layer
 
     def steps(self, observe: Observe = lambda layer, module: nullcontext(), first: int = 0) -> Iterator[Step]:
@@ -115,10 +110,15 @@ class LayerwiseForward:
         observe: entered with (layer, module) around all batches of each layer that is yielded. Layers before
         `first` are only run: that recomputes the hidden states behind the last committed layer.
         """
-        for layer in self._loaded(range(self._states.layer, len(self.decoder.layers))):
+        entry, last = self._states.layer, len(self.decoder.layers) - 1
+        for layer in self._loaded(range(entry, last + 1)):
             module = self.decoder.layers[layer]
+            head = self._head if layer == last else None
+            if head is not None:
+                self._weights.load(OUTSIDE, self._weights.read(OUTSIDE))
             with observe(layer, module) if layer >= first else nullcontext():
-                self._run(layer, module)
+                self._run(layer, module, layer == entry, head)
+            self._weights.free(OUTSIDE)
             if layer >= first:
                 yield Step(layer, self.decoder.name(layer), module, self._states)
             self._calls.drop(layer)
@@ -135,19 +135,26 @@ class LayerwiseForward:
             self._weights.free(layer)
 
     @torch.inference_mode()
-    def _run(self, layer: int, module: nn.Module) -> None:
+    def _run(
+        self, layer: int, module: nn.Module, entering: bool, head: Callable[[torch.Tensor], None] | None
+    ) -> None:
+        """All batches through a layer. entering: it is the first to run. head: as in `LayerwiseForward`."""
         for batch in range(len(self._batches)):
-            call = self._calls.bind(layer, batch, self._states.read(batch))
-            self._states.write(batch, call.run(module, self._returns))
+            state = self._enter(layer, batch) if entering else self._states.read(batch)
+            state = self._calls.bind(layer, batch, state).run(module, self._returns)
+            if layer + 1 < len(self.decoder.layers):
+                self._states.write(batch, state)
+            if head is not None:
+                head(finish(self.decoder, self._tokens(batch), state[HIDDEN], self._returns))
             self._advance(layer, batch)
 
-    def heads(self) -> Iterator[torch.Tensor]:
-        """After the last layer: the output head's input of each batch, [windows, seq, hidden]."""
-        self._weights.load(OUTSIDE, self._weights.read(OUTSIDE))
-        for index, batch in enumerate(self._batches):
-            hidden = self._states.read(index)[HIDDEN]
-            yield finish(self.decoder, self._tokens(batch), hidden, self._returns)
-        self._weights.free(OUTSIDE)
+    def _enter(self, layer: int, batch: int) -> State:
+        """Record what the parent hands to every layer for a batch. Returns the state before `layer`."""
+        taken, self._examined = self._examined, None
+        if taken is None:
+            taken = capture(self.decoder, self._tokens(batch), self._returns)
+        self._calls.add(batch, self._batches[batch].shape, taken.calls)
+        return self._states.read(batch) if layer else {HIDDEN: taken.hidden}
 
-    def _tokens(self, batch: torch.Tensor) -> torch.Tensor:
-        return batch.to(self._device, torch.int64)
+    def _tokens(self, batch: int) -> torch.Tensor:
+        return self._batches[batch].to(self._device, torch.int64)

@@ -19,23 +19,27 @@ from state.layout import Layout, Site, SiteArray, split_name
 
 
 @contextmanager
-def observed(skeleton: Skeleton, model: PreTrainedModel, layout: Layout, sink: Sink) -> Iterator[None]:
+def observed(
+    skeleton: Skeleton, model: PreTrainedModel, layout: Layout, sink: Sink, within: str = ""
+) -> Iterator[None]:
     """Within the context every forward of `model`, or of a part of it, is added to `sink`; its outputs stay
     bit-equal.
 
-    skeleton: the same model without weights, for the names.
+    skeleton: the same model without weights, for the names. within: prefix of the memory names of the modules
+    to observe, such as `model.layers.`; all of them by default.
     """
     names = {module: name for name, module in model.named_modules()}
     with ExitStack() as stack:
         for linear in skeleton.linears:
-            if stores_its_own(layout, Site(linear.hub, "input")):
+            if linear.memory.startswith(within) and stores_its_own(layout, Site(linear.hub, "input")):
                 array, place = layout.locate(Site(linear.hub, "input"))
                 module = model.get_submodule(linear.memory)
                 hook = module.register_forward_pre_hook(_input_hook(sink, array, place), with_kwargs=True)
                 stack.callback(hook.remove)
         for experts in skeleton.experts:
-            for hook in _watch(experts, model.get_submodule(experts.memory), layout, sink):
-                stack.callback(hook.remove)
+            if experts.memory.startswith(within):
+                for hook in _watch(experts, model.get_submodule(experts.memory), layout, sink):
+                    stack.callback(hook.remove)
 
         @cache
         def located(module: nn.Module) -> list[tuple[SiteArray, Place]]:
@@ -61,10 +65,7 @@ def stores_its_own(layout: Layout, site: Site) -> bool:
 def record_weights(
     skeleton: Skeleton, model: PreTrainedModel, statistics: Accumulators, within: str = ""
 ) -> None:
-    """Set max |W| of every linear, router and expert projection that is loaded.
-
-    within: prefix of the memory names of modules, such as `model.layers.3.`; all of them by default.
-    """
+    """Set max |W| of every linear, router and expert projection that is loaded. within: as in `observed`."""
     layout = statistics.layout
     for linear in skeleton.linears:
         if not linear.memory.startswith(within):

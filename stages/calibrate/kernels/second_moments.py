@@ -31,7 +31,7 @@ def add_second_moments(totals: Tensor, rows: Tensor, ends: Tensor) -> None:
         rows.stride(0),
         tile,
         step,
-        num_warps=4 if tile == 64 else 8,
+        num_warps=4,
         num_stages=3,
     )
 

@@ -36,14 +36,14 @@ def test_a_layer_reads_one_boundary_while_it_writes_the_next(limits, tmp_path):
     states.begin()
     write_all(states, STATES)
     states.turn()
-    assert states.layer == 0
+    assert states.layer == 1
     doubled = [{name: value * 2 for name, value in state.items()} for state in STATES]
     for batch, state in enumerate(doubled):
         assert same(states.read(batch), STATES[batch])
         states.write(batch, state)
     assert same(states.read(0), STATES[0])
     states.turn()
-    assert states.layer == 1
+    assert states.layer == 2
     assert all(same(states.read(batch), doubled[batch]) for batch in range(2))
     states.close()
     assert list(tmp_path.iterdir()) == []
@@ -66,7 +66,7 @@ def test_only_files_can_be_sealed(tmp_path):
     assert states.seal() is None
 
 
-def seal_boundary_1(tmp_path) -> Boundary:
+def seal_boundary_2(tmp_path) -> Boundary:
     states = HiddenStates(tmp_path, 2, CPU, FILES)
     states.begin()
     write_all(states, STATES)
@@ -77,19 +77,19 @@ def seal_boundary_1(tmp_path) -> Boundary:
 
 
 def test_a_sealed_boundary_is_read_again_by_another_process(tmp_path):
-    boundary = seal_boundary_1(tmp_path)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["000000.raw", "000001.raw"]
+    boundary = seal_boundary_2(tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["000001.raw", "000002.raw"]
     states = HiddenStates(tmp_path, 2, CPU, FILES)
     assert states.restore(boundary)
-    assert states.layer == 1
-    assert [path.name for path in tmp_path.iterdir()] == ["000001.raw"]
+    assert states.layer == 2
+    assert [path.name for path in tmp_path.iterdir()] == ["000002.raw"]
     assert all(same(states.read(batch), STATES[1 - batch]) for batch in range(2))
 
 
 @pytest.mark.parametrize("damage", ["bit", "cut", "gone"])
 def test_a_damaged_boundary_is_not_restored(damage, tmp_path):
-    boundary = seal_boundary_1(tmp_path)
-    path = tmp_path / "000001.raw"
+    boundary = seal_boundary_2(tmp_path)
+    path = tmp_path / "000002.raw"
     data = bytearray(path.read_bytes())
     if damage == "gone":
         path.unlink()
@@ -109,7 +109,7 @@ def test_the_limit_decides_between_memory_and_file(tmp_path):
 
 def test_both_boundaries_count_against_the_limit(tmp_path):
     # 12 bytes in the first batch, two batches, two boundaries.
-    for host, files in ((48, []), (47, ["000000.raw"])):
+    for host, files in ((48, []), (47, ["000001.raw"])):
         states = HiddenStates(tmp_path, 2, CPU, Limits(device=0, host=host))
         states.begin()
         write_all(states, STATES)

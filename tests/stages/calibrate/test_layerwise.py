@@ -62,11 +62,10 @@ def whole_model(folder: Path, layers: str) -> tuple[Outputs, list[torch.Tensor]]
 @pytest.mark.parametrize("family", FAMILIES)
 def test_layers_and_head_are_bit_equal_to_the_whole_model(family, dtype, tmp_path):
     folder = save_tiny(family, tmp_path / "model", dtype)
-    found = Outputs()
-    with open_forward(folder, tmp_path / "run") as forward:
+    found, heads = Outputs(), []
+    with open_forward(folder, tmp_path / "run", head=heads.append) as forward:
         assert forward.start() == 0
         assert [step.layer for step in forward.steps(found.observe)] == [0, 1, 2, 3]
-        heads = list(forward.heads())
         expected, expected_heads = whole_model(folder, forward.decoder.path)
     for layer in range(4):
         for batch, (left, right) in enumerate(zip(found.of[layer], expected.of[layer], strict=True)):
@@ -75,11 +74,12 @@ def test_layers_and_head_are_bit_equal_to_the_whole_model(family, dtype, tmp_pat
 
 
 def heads_of(model: Path, run: Path) -> list[torch.Tensor]:
-    with open_forward(model, run) as forward:
+    heads: list[torch.Tensor] = []
+    with open_forward(model, run, head=heads.append) as forward:
         forward.start()
         for _ in forward.steps():
             pass
-        return list(forward.heads())
+    return heads
 
 
 def stop_behind_layer_1(model: Path, run: Path) -> Boundary:
@@ -99,10 +99,10 @@ def test_goes_on_from_the_boundary_of_a_stopped_run(family, tmp_path):
     boundary."""
     model = save_tiny(family, tmp_path / "model")
     boundary = stop_behind_layer_1(model, tmp_path / "run")
-    with open_forward(model, tmp_path / "run", FILES) as forward:
+    found: list[torch.Tensor] = []
+    with open_forward(model, tmp_path / "run", FILES, head=found.append) as forward:
         assert forward.start(boundary) == 2
         assert [step.layer for step in forward.steps()] == [2, 3]
-        found = list(forward.heads())
     expected = heads_of(model, tmp_path / "other")
     assert all(torch.equal(left, right) for left, right in zip(found, expected, strict=True))
     assert [path for path in (tmp_path / "run").rglob("*") if path.is_file()] == []
@@ -122,11 +122,10 @@ def test_starts_over_when_the_boundary_is_damaged(tmp_path):
 
 def test_recomputes_committed_layers_without_observing_them(tmp_path):
     model = save_tiny("gemma4", tmp_path / "model")
-    found = Outputs()
-    with open_forward(model, tmp_path / "run") as forward:
+    found, heads = Outputs(), []
+    with open_forward(model, tmp_path / "run", head=heads.append) as forward:
         forward.start()
         assert [step.layer for step in forward.steps(found.observe, first=2)] == [2, 3]
-        heads = list(forward.heads())
     assert sorted(found.of) == [2, 3]
     expected = heads_of(model, tmp_path / "other")
     assert all(torch.equal(left, right) for left, right in zip(heads, expected, strict=True))
