@@ -26,7 +26,7 @@ def solve_block(
     """`gptq.solve_block`, for a block of 2^n columns.
 
     Args:
-        columns: f32 [E, B, N], rows side by side. factor: f32 [E, B, B].
+        columns: f32 [E, B, N], rows side by side. factor: f32 [E, B, B], in any order of memory.
         base: f32; NVFP4's global scale [E]; INT8's and FP8's scale of each row [E, N]; not read for INT4.
         candidates: NVFP4's offsets of e4m3 codes, int32; INT4's ratios, f32; one of any value for the others.
     Returns values, errors (f32 [E, B, N]) and scales (f32 [E, N]).
@@ -45,7 +45,7 @@ def solve_block(
         scales,
         rows,
         *columns.stride()[:2],
-        *factor.stride()[:2],
+        *factor.stride(),
         len(candidates),
         FORMATS[format_name],
         block,
@@ -59,7 +59,7 @@ def solve_block(
 @triton.jit
 def _solve(
     columns, factor, base, candidates, values, errors, scales, rows,
-    columns_expert, columns_lane, factor_expert, factor_row, count,
+    columns_expert, columns_lane, factor_expert, factor_row, factor_lane, count,
     FORMAT: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     expert = tl.program_id(1).to(tl.int64)
@@ -96,10 +96,10 @@ def _solve(
             column = tl.sum(tl.where(current, work, 0.0), 0)
             value = round_to(tl.div_rn(column, step), FORMAT)
             spread = own_factor + j * factor_row
-            error = tl.div_rn(column - value * step, tl.load(spread + j))
+            error = tl.div_rn(column - value * step, tl.load(spread + j * factor_lane))
             total += error * error
             rounded = tl.where(current, value[None, :], rounded)
-            after = work - tl.load(spread + lane)[:, None] * error[None, :]
+            after = work - tl.load(spread + lane * factor_lane)[:, None] * error[None, :]
             # The error takes the column's place.
             work = tl.where((lane > j)[:, None], after, tl.where(current, error[None, :], work))
         better = total < least
