@@ -31,6 +31,20 @@ class WeightFormat:
     format: str
     block_size: int
 
+    def refuse_partial_blocks(self, name: str, shape: tuple[int, ...]) -> None:
+        """Raise InputError unless whole blocks and whole bytes hold the weight `name`, [rows, columns]."""
+        rows, columns = shape
+        if self.block_size and columns % self.block_size:
+            raise InputError(
+                f"{name} has {columns} input channels, which {self.format} blocks of {self.block_size} "
+                "do not divide; choose a recipe that leaves this module unquantized"
+            )
+        if self.format in ("int4_awq", "w4a8_awq") and rows % 2:
+            raise InputError(
+                f"{name} has {rows} rows, of which {self.format} packs two into a byte; choose a recipe "
+                "that leaves this module unquantized"
+            )
+
 
 @dataclass(frozen=True)
 class QuantizerPlan:

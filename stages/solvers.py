@@ -36,7 +36,7 @@ FORMATS: dict[Method, tuple[str, ...]] = {
     "awq_lite": ("nvfp4", "fp8", "int4_awq", "w4a8_awq", "int8_sq"),
     "awq_clip": ("nvfp4", "fp8", "int4_awq", "w4a8_awq", "int8_sq"),
     "awq_full": ("nvfp4", "fp8", "int4_awq", "w4a8_awq", "int8_sq"),
-    "gptq": ("nvfp4", "fp8", "int8_sq"),
+    "gptq": ("nvfp4", "fp8", "int4_awq", "int8_sq"),
     "smoothquant": ("int8_sq",),
 }
 BLOCK_SIZES = {"nvfp4": 16, "int4_awq": 128, "w4a8_awq": 128}

@@ -32,6 +32,7 @@ class Accumulators:
         self.total: dict[str, torch.Tensor] = {}
         self.tokens: dict[str, torch.Tensor] = {}
         self.weights: dict[str, torch.Tensor] = {}
+        self._views: dict[tuple[str, Place], Seen] = {}
         for array in layout.arrays:
             key = array.key
             if array.role == "weight":
@@ -56,7 +57,12 @@ class Accumulators:
         self.weights[array.key][place] = amax.float()
 
     def _seen(self, key: str, place: Place) -> Seen:
-        return Seen(self.amax[key][place], self.total[key][place], self.tokens[key][place])
+        """Views of one site's statistics, made once."""
+        if (key, place) not in self._views:
+            self._views[key, place] = Seen(
+                self.amax[key][place], self.total[key][place], self.tokens[key][place]
+            )
+        return self._views[key, place]
 
     def snapshot(self) -> dict[str, np.ndarray]:
         """Every statistic copied to host memory, in the store's form.

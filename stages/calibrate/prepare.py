@@ -58,6 +58,10 @@ def prepare(settings: CalibrateSettings, writer: RunWriter | None, progress: Pro
     skeleton = Skeleton(config, source.tensors, settings.trust_remote_code)
     quantizers = plan_quantizers(skeleton, recipe)
     solver = solver_of(quantizers)
+    if solver is not None and solver.needs_pass:
+        for module, weight in quantizers.weights.items():
+            name = f"{module}.weight"
+            weight.refuse_partial_blocks(name, source.tensors[name].shape)
     tokens = _tokens(settings, folder, writer, progress)
     identity = identify(folder, source, config, tokens, progress)
     here = environment(skeleton, device, settings.experts, settings.batch)

@@ -183,17 +183,8 @@ def _quantized_unit(module: str, entry: TensorEntry, weight: WeightFormat) -> Un
             f"{entry.name} is {entry.dtype}{list(entry.shape)}; only matrices in {', '.join(FLOAT_DTYPES)} "
             "can be quantized"
         )
+    weight.refuse_partial_blocks(entry.name, entry.shape)
     rows, columns = entry.shape
-    if weight.block_size and columns % weight.block_size:
-        raise InputError(
-            f"{entry.name} has {columns} input channels, which {weight.format} blocks of {weight.block_size} "
-            "do not divide; choose a recipe that leaves this module unquantized"
-        )
-    if weight.format in ("int4_awq", "w4a8_awq") and rows % 2:
-        raise InputError(
-            f"{entry.name} has {rows} rows, of which {weight.format} packs two into a byte; choose a recipe "
-            "that leaves this module unquantized"
-        )
     specs = tuple(
         TensorSpec(f"{module}.{leaf}", dtype, shape)
         for leaf, dtype, shape in _stored_tensors(weight, rows, columns)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from stages.calibrate.solve import awq_clip, awq_lite, gptq
-from stages.calibrate.solve.formats import FP8, Format, tensor_amax
+from stages.calibrate.solve.formats import FP8, Format, Quantized, tensor_amax
 from stages.calibrate.solve.moments import Site, scaled, with_prior
 from stages.calibrate.solve.packing import pack
 from stages.calibrate.summary import FEW_TOKENS
@@ -203,13 +203,19 @@ def _finish(group: Group, clip: bool, damping: float | None, solution: LayerSolu
     if damping is not None:
         moment = with_prior(group.site, group.common_basis)
         quantized = gptq.solve(weights, moment, group.format, amax=amax, damping=damping)
-        for name_of_field, values in pack(quantized).items():
-            per_row = values.shape[1] == weights.shape[1]
-            parts = group.split(values) if per_row else dict.fromkeys(group.members, values)
-            for name, own in parts.items():
+        for name, member in _members(group, quantized).items():
+            for name_of_field, own in pack(member).items():
                 solution.arrays[f"{name}@{name_of_field}"] = own if _is_stacked(name) else own[0]
     flat = amax.reshape(-1)
     return flat if _is_stacked(next(iter(group.members))) else flat[0]
+
+
+def _members(group: Group, quantized: Quantized) -> dict[str, Quantized]:
+    """Each member's rows of a group that was quantized as one; FP8's scale belongs to all of them."""
+    values = group.split(quantized.values)
+    shared = dict.fromkeys(group.members, quantized.scale)
+    scales = shared if group.format is FP8 else group.split(quantized.scale)
+    return {name: replace(quantized, values=values[name], scale=scales[name]) for name in group.members}
 
 
 def _few(group: Group) -> list[dict[str, object]]:

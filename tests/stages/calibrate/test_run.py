@@ -220,6 +220,10 @@ def test_a_second_process_is_refused(inputs: Path, undisturbed: Path, tmp_path: 
     [
         ({"model": "/nowhere/at/all"}, "there is no folder /nowhere/at/all"),
         ({"recipe": "nvfp4_svdquant"}, "'svdquant'"),
+        (
+            {"recipe": "int4_awq"},
+            "self_attn.q_proj.weight has 64 input channels, which int4_awq blocks of 128",
+        ),
         ({"device": "cuda:99"}, "DEVICE 'cuda:99'"),
         ({"data": "/nowhere.jsonl"}, "/nowhere.jsonl: no such file"),
     ],

@@ -1,7 +1,7 @@
 """Solutions made by hand: the solvers' own maths on small models, written to a run as calibration does."""
 
 from collections import defaultdict
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +12,7 @@ import state
 from stages.calibrate.solve import gptq
 from stages.calibrate.solve.formats import (
     FORMATS,
+    FP8,
     Format,
     Quantized,
     block_amax,
@@ -101,8 +102,10 @@ def hand_solve(folder: Path, run: Path, out: Path, recipe: Recipe, per_block: bo
             if clipped is not None:
                 fields[module, "amax"] = clipped[0, rows]
             if solver.method == "gptq":
-                for field, values in pack(quantized).items():
-                    fields[module, field] = values[0, rows] if values.shape[1] > 1 else values[0]
+                scale = quantized.scale if weight_format is FP8 else quantized.scale[:, rows]
+                member = replace(quantized, values=quantized.values[:, rows], scale=scale)
+                for field, values in pack(member).items():
+                    fields[module, field] = values[0]
     kept = dict.fromkeys(model.folds.impossible, "no reason")
     attributes = {
         "method": solver.method,

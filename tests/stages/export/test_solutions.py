@@ -129,6 +129,8 @@ def wide(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ("awq_lite", "fp8", "fp8", False),
         ("awq_full", "fp8", "fp8", False),
         ("gptq", "fp8", "fp8", False),
+        ("gptq", "int4_per_block", "nvfp4", False),
+        ("[awq_lite, gptq]", "int4_per_block", "nvfp4", False),
         ("awq_lite", "int8_per_channel", "int8", False),
         ("gptq", "int8_per_channel", "int8", False),
         ("[awq_lite, gptq]", "int8_per_channel", "int8", False),
