@@ -27,7 +27,7 @@ from benchmarks.stall import measure_stall
 from stages.calibrate.load import pick_device
 
 PARTS = ("forward", "stall", "export", "solvers")
-LARGE = "layers"  # writes a model of 6.6 GB first
+LARGE = "layers"  # writes a model of 12.6 GB first
 
 
 def main() -> None:

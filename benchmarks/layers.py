@@ -21,7 +21,7 @@ from stages.progress import Silent
 from stages.settings import CalibrateSettings
 from state.source import Source
 
-LAYERS, EXPERTS, HIDDEN, WIDTH, HEAD, KV_HEADS = 96, 20, 1024, 512, 64, 4
+LAYERS, EXPERTS, HIDDEN, WIDTH, HEAD, KV_HEADS = 96, 20, 1024, 1024, 64, 4
 LAYERS_PER_SHARD = 8
 READY = "ready"
 ROOT = Path(__file__).parent.parent

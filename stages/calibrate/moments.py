@@ -29,7 +29,7 @@ class Moments:
             rows = values.detach().reshape(-1, values.shape[-1])
             total = self._sum(array)
             total = total if array.experts is None else total[place[-1]]
-            _add(total[None], rows, torch.full((1,), len(rows), device=rows.device))
+            _add(total[None], rows, None)
 
     def add_experts(self, array: SiteArray, place: Place, values: torch.Tensor, ends: torch.Tensor) -> None:
         """Add rows sorted by expert, where those of expert e end before ends[e]."""
@@ -51,15 +51,17 @@ class Moments:
         return self.sums[array.key]
 
 
-def _add(totals: torch.Tensor, rows: torch.Tensor, ends: torch.Tensor) -> None:
-    """Add xᵀx of each expert's rows, in float32: totals [experts, channels, channels]."""
+def _add(totals: torch.Tensor, rows: torch.Tensor, ends: torch.Tensor | None) -> None:
+    """Add xᵀx of each expert's rows, in float32: totals [experts, channels, channels]. ends: None where all
+    rows are one site's.
+    """
     if rows.is_cuda:
         from stages.calibrate.kernels.second_moments import add_second_moments
 
         add_second_moments(totals, rows, ends)
         return
     start = 0
-    for total, end in zip(totals, ends.tolist(), strict=True):
+    for total, end in zip(totals, [len(rows)] if ends is None else ends.tolist(), strict=True):
         if end > start:
             own = rows[start:end].float()
             total.addmm_(own.T, own)

@@ -21,6 +21,13 @@ def test_literal_rows(device: str) -> None:
     ]
 
 
+def test_rows_of_one_site(device: str) -> None:
+    rows = torch.tensor([[1.0, 2.0], [3.0, -1.0]], device=device)
+    totals = torch.ones(1, 2, 2, device=device)
+    add_second_moments(totals, rows, None)
+    assert totals.tolist() == [[[11.0, 0.0], [0.0, 6.0]]]
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_tiles_and_their_mirror_images(device: str, dtype: torch.dtype) -> None:
     rows = torch.randn(300, 200, generator=torch.Generator().manual_seed(0)).to(dtype).to(device)
