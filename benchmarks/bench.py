@@ -1,7 +1,9 @@
 """All benchmarks in one run: `make bench`, or `make bench ARGS="--device cuda"`.
 
 Prints, each with its ratios: the bare forward, Holdfast's calibration and modelopt's; what a commit of 23,500
-quantizers costs the forward; seconds and peak memory of both exporters and of a plain copy.
+quantizers costs the forward; seconds and peak memory of both exporters and of a plain copy; what collecting
+and solving cost, beside modelopt's AWQ on a GPU; the loss of every solver, where HOLDFAST_SHARED names a
+folder with the trained test model.
 """
 
 import argparse
@@ -20,13 +22,14 @@ from rich.console import Console
 from benchmarks.export import compare_exports
 from benchmarks.forward import compare_forwards
 from benchmarks.layers import measure_layers
-from benchmarks.models import for_export, for_forward
+from benchmarks.models import for_export, for_forward, trained_model, unseen_windows
+from benchmarks.quality import measure_quality
 from benchmarks.section import Section
 from benchmarks.solvers import compare_solvers
 from benchmarks.stall import measure_stall
 from stages.calibrate.load import pick_device
 
-PARTS = ("forward", "stall", "export", "solvers")
+PARTS = ("forward", "stall", "export", "solvers", "quality")
 LARGE = "layers"  # writes a model of 12.6 GB first
 
 
@@ -62,6 +65,9 @@ def sections(arguments: argparse.Namespace, scratch: Path, device: torch.device)
             yield compare_exports(exported, scratch, device, arguments.exports)
     if "solvers" in arguments.parts:
         yield compare_solvers(subject, device, scratch, arguments.repeat)
+    trained, unseen = trained_model(), unseen_windows()
+    if "quality" in arguments.parts and trained is not None and unseen is not None:
+        yield measure_quality(trained, unseen, scratch)
     if LARGE in arguments.parts:
         yield measure_layers(subject, scratch)
 

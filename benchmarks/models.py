@@ -105,6 +105,12 @@ def trained_model() -> Subject | None:
     )
 
 
+def unseen_windows() -> Path | None:
+    """Token windows that share nothing with code-moe's calibration text, from that folder too."""
+    shared = os.environ.get("HOLDFAST_SHARED")
+    return Path(shared) / "data/unseen.json" if shared else None
+
+
 def random_moe(
     folder: Path, device: torch.device, size: Mapping[str, int], samples: int, seq: int
 ) -> Subject:

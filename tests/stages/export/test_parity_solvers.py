@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 import state
+from benchmarks.dequantize import weight_of
 from stages.calibrate.solve.formats import NVFP4, round_to_nearest
 from stages.export.fold import FoldSite
 from stages.export.run import export
@@ -22,7 +23,6 @@ from stages.recipes import resolve
 from stages.settings import ExportSettings
 from state.errors import InputError
 from tests.stages.export import support
-from tests.stages.export.dequantize import weight_of
 from tests.stages.export.solving import hand_solve, open_model, random_scales, write_solutions
 from tests.stages.export.test_parity import assert_parity, rewrite
 from tests.stages.export.test_solutions import write_recipe

@@ -10,6 +10,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 import state
+from benchmarks.dequantize import weight_of
 from stages.export.fold import fold_norm
 from stages.export.report import ExportReport
 from stages.export.run import export
@@ -17,7 +18,6 @@ from stages.recipes import Recipe, resolve
 from stages.settings import ExportSettings
 from state.errors import IdentityMismatch, InputError, OutOfSpace
 from tests.stages.export import support
-from tests.stages.export.dequantize import weight_of
 from tests.stages.export.kill_driver import tree
 from tests.stages.export.solving import HandSolved, hand_solve, open_model, random_scales, write_solutions
 from tests.stages.export.test_folder import FailAt
