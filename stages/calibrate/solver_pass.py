@@ -138,7 +138,7 @@ class SolverPass:
             Place(
                 site,
                 name,
-                tuple(dict.fromkeys(stacked_name(part.module) for part in site.divided)),
+                {stacked_name(part.module): part for part in site.divided if len(part.shape) > 1},
                 tuple(dict.fromkeys(stacked_name(part.module) for part in site.consumers)),
                 self._parameter(site.sources[0].tensor) if site.kind == "norm" else None,
             )

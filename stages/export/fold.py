@@ -93,6 +93,17 @@ class FoldSite:
         """The scale of every input column of the consumers: `[channels]` → `[columns]`."""
         return scale if self.repeat == 1 else scale[self.entries()]
 
+    def source_rows(self, part: Operand, scale: Tensor) -> Tensor:
+        """What each row of a source is divided by: scale `[..., channels]` → `[..., rows]`; 1 for rows that
+        feed nothing of this site.
+        """
+        periods = part.rows // (part.period or part.rows)
+        rows = scale.new_ones(*scale.shape[:-1], periods, part.rows // periods)
+        root = scale if self.degree == 1 else scale.pow(1 / self.degree)
+        each = self.channels // periods
+        rows[..., part.first : part.first + each] = root.unflatten(-1, (periods, each))
+        return rows.flatten(-2)
+
     def rounded(self, quantized: Container[str]) -> tuple[str, ...]:
         """Tensors that folding leaves to be rounded to their dtype: biases, and modules not in `quantized`.
 
@@ -150,7 +161,7 @@ class FoldMap:
         columns = [(site, part) for site, part in self._columns.get(tensor, []) if site.name in scales]
         if not rows and not columns:
             return None
-        parts = [(part, _source_rows(site, part, checked(site, scales[site.name]))) for site, part in rows]
+        parts = [(part, site.source_rows(part, checked(site, scales[site.name]))) for site, part in rows]
         inputs = [(part, site.expand(checked(site, scales[site.name]))) for site, part in columns]
         transposed = (rows or columns)[0][1].transposed
         return TensorFold(_stack(parts), _stack(inputs), transposed)
@@ -247,15 +258,6 @@ def checked(site: FoldSite, scale: Tensor) -> Tensor:
     if wrong:
         raise InputError(f"the scale of {site.name} has {wrong} entries that are not positive and finite")
     return scale
-
-
-def _source_rows(site: FoldSite, part: Operand, scale: Tensor) -> Tensor:
-    """What each row of a source is divided by, `[rows]`; 1 for rows that feed nothing of this site."""
-    period = part.period or part.rows
-    rows = torch.ones(part.rows // period, period, dtype=scale.dtype, device=scale.device)
-    root = scale if site.degree == 1 else scale.pow(1 / site.degree)
-    rows[:, part.first : part.first + site.channels // rows.shape[0]] = root.reshape(rows.shape[0], -1)
-    return rows.flatten()
 
 
 def _stack(parts: list[tuple[Operand, Tensor]]) -> Tensor | None:

@@ -16,7 +16,7 @@ from stages.calibrate.solve.formats import FP8, Format, Quantized, tensor_amax
 from stages.calibrate.solve.moments import Site, scaled, with_prior
 from stages.calibrate.solve.packing import pack
 from stages.calibrate.summary import FEW_TOKENS
-from stages.export.fold import FoldSite, TensorFold, fold_norm
+from stages.export.fold import FoldSite, Operand, TensorFold, fold_norm
 from state.errors import InputError
 
 # A norm weight near zero (near -1 where the norm adds one) rounds so coarsely that the scale it can hold is
@@ -52,13 +52,13 @@ class Group:
 class Place:
     """A place to fold, all experts of a layer at once where it is theirs.
 
-    site: the fold site, of expert 0 for experts. name: stacked. sources: stacked names whose rows are
+    site: the fold site, of expert 0 for experts. name: stacked. sources: stacked name → weight whose rows are
     divided; consumers: stacked names of all whose columns are multiplied. norm: the norm's weight as stored.
     """
 
     site: FoldSite
     name: str
-    sources: tuple[str, ...]
+    sources: Mapping[str, Operand]
     consumers: tuple[str, ...]
     norm: Tensor | None = None
 
@@ -157,7 +157,7 @@ def _fold_group(group: Group, places: list[Place], scales: Mapping[str, Tensor])
     for name, weights in group.members.items():
         row = next(
             (
-                _rows(place, scales[place.name])
+                place.site.source_rows(place.sources[name], scales[place.name])
                 for place in places
                 if name in place.sources and place.name in scales
             ),
@@ -175,10 +175,6 @@ def _fold_group(group: Group, places: list[Place], scales: Mapping[str, Tensor])
     if column is None:
         return replace(group, members=members)
     return replace(group, members=members, site=scaled(group.site, column))
-
-
-def _rows(place: Place, scale: Tensor) -> Tensor:
-    return scale if place.site.degree == 1 else scale.pow(1 / place.site.degree)
 
 
 def _stacked(factor: Tensor | None, weights: Tensor) -> Tensor | None:

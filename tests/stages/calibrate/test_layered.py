@@ -9,11 +9,15 @@ import pytest
 import state
 from stages.calibrate.choose import solved_layers
 from stages.calibrate.run import calibrate
+from stages.export.solved import Solved
+from stages.export.unify import connected
 from stages.progress import Silent
+from stages.recipes import resolve
 from stages.settings import CalibrateSettings
 from state.errors import InputError
+from state.layout import split_name
 from tests.stages.calibrate import families
-from tests.stages.export import support
+from tests.stages.export import solving, support
 
 GPTQ = "general/ptq/nvfp4_default-kv_none-gptq"
 
@@ -158,3 +162,28 @@ def test_experts_without_tokens_are_solved_and_named(moe: Path, tmp_path: Path) 
     assert np.all(values.reshape(4, -1).any(axis=1))
     named = {module for policy in found["0"]["policies"] for module in policy["modules"]}
     assert all(f"{expert}.up_proj" in named for expert in unseen)
+
+
+@pytest.mark.parametrize("family", ["qwen3_moe", "deepseek_v3", "glm4_moe", "nemotron_h"])
+def test_what_is_solved_is_what_export_folds(family: str, tmp_path: Path) -> None:
+    """MLA's values, relu² experts, shared experts: the solver's folded weights are those of export."""
+    config = families.tiny_config(family)
+    config.vocab_size = support.SIZES["vocab_size"]
+    for name in ("q_lora_rank", "moe_intermediate_size", "moe_shared_expert_intermediate_size"):
+        if getattr(config, name, None) == 24:
+            setattr(config, name, 32)  # whole blocks
+    support.make_model(tmp_path / "model", config)
+    support.make_text(tmp_path / "text.jsonl")
+    calibrate(settings(tmp_path, tmp_path / "run", recipe="nvfp4_awq_lite"), Silent())
+
+    calibration = state.open(tmp_path / "run")
+    model = solving.open_model(tmp_path / "model", tmp_path / "run", resolve("nvfp4_awq_lite"))
+    solved = Solved(calibration, model.solver, model.quantizers)
+    modules = [name for name in model.quantizers.weights if split_name(name)[1] is not None]
+    scales = solved.scales(model.folds.sites)
+    assert any((scale != 1).any() for scale in scales.values())
+    groups = [*calibration.layout.groups("same_input"), *calibration.layout.groups("engine_fused")]
+    recorded = solved.weight_amax(modules)
+    for group in dict.fromkeys(connected(modules, groups).values()):
+        folded = max(solving.folded_weight(model, module, scales).abs().max().item() for module in group)
+        assert {recorded[module].item() for module in group} == {folded}, group
