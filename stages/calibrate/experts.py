@@ -1,10 +1,11 @@
 """The rows each fused expert sees, taken from the matmul that consumes them.
 
 transformers sorts the routed tokens by expert and multiplies them with all experts at once (`grouped_mm`).
-While such a module runs, a torch function mode stands between it and that matmul and reads its rows and
-offsets. Nothing is computed twice and transformers' own implementation stays in place, so the outputs are
-bit-equal with and without observation, and a model that never reaches the matmul is noticed. The loop over
-experts (`eager`) is read the same way, one linear per expert.
+While such a module runs, the functions it may multiply with are replaced by ones that read their rows and
+offsets first. Nothing is computed twice and transformers' own implementation stays in place, so the outputs
+are bit-equal with and without observation, and a model that never reaches the matmul is noticed. The loop
+over experts (`eager`) is read the same way, one linear per expert. (A torch function mode would do as well,
+but slows every other call of the module too: 0.1 ms a forward instead of 0.01.)
 """
 
 from collections.abc import Callable
@@ -12,7 +13,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.overrides import TorchFunctionMode
 
 from state.errors import InputError
 
@@ -20,13 +20,20 @@ from state.errors import InputError
 # (projection, rows, expert): the rows of one expert
 GroupObserver = Callable[[str, torch.Tensor, torch.Tensor], None]
 ExpertObserver = Callable[[str, torch.Tensor, int], None]
+Matmul = Callable[..., torch.Tensor]
 
-GROUPED = {"_grouped_mm", "grouped_mm", "grouped_mm_fallback"}
+GROUPED = ("grouped_mm", "_grouped_mm", "grouped_mm_fallback")
+MATMULS = (
+    (nn.functional, "linear"),
+    (nn.functional, "grouped_mm"),
+    (torch, "_grouped_mm"),
+    (torch.ops.transformers, "grouped_mm_fallback"),  # where a GPU is too old for the others
+)
 PROJECTIONS = ("up", "down")
 
 
-class ExpertRows(TorchFunctionMode):
-    """Watches the matmuls of one experts module during one forward.
+class ExpertRows:
+    """Watches the matmuls of one experts module during one forward, within a `with`.
 
     Args:
         module: the experts module. grouped, single: called with `up` or `down` (first or second projection)
@@ -34,21 +41,40 @@ class ExpertRows(TorchFunctionMode):
     """
 
     def __init__(self, module: nn.Module, grouped: GroupObserver, single: ExpertObserver) -> None:
-        super().__init__()
         self.module, self.grouped, self.single = module, grouped, single
         self.seen: set[str] = set()
+        self._replaced: list[tuple[Any, str, Matmul]] = []
+        self._multiplying = False
 
-    def __torch_function__(
-        self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        kwargs = kwargs or {}
-        if getattr(func, "__name__", "") in GROUPED:
-            projection = PROJECTIONS[len(self.seen)]
-            self.seen.add(projection)
-            self.grouped(projection, args[0], kwargs["offs"] if "offs" in kwargs else args[2])
-        elif func is nn.functional.linear:
-            self._one_expert(args[0], args[1])
-        return func(*args, **kwargs)
+    def __enter__(self) -> "ExpertRows":
+        for holder, name in MATMULS:
+            if hasattr(holder, name):
+                original = getattr(holder, name)
+                self._replaced.append((holder, name, original))
+                setattr(holder, name, self._watched(original, name in GROUPED))
+        return self
+
+    def __exit__(self, *_exception: object) -> None:
+        while self._replaced:
+            setattr(*self._replaced.pop())
+
+    def _watched(self, matmul: Matmul, grouped: bool) -> Matmul:
+        def watched(*args: Any, **kwargs: Any) -> torch.Tensor:
+            if self._multiplying:  # one of them calls another
+                return matmul(*args, **kwargs)
+            if grouped:
+                projection = PROJECTIONS[len(self.seen)]
+                self.seen.add(projection)
+                self.grouped(projection, args[0], kwargs["offs"] if "offs" in kwargs else args[2])
+            else:
+                self._one_expert(args[0], args[1])
+            self._multiplying = True
+            try:
+                return matmul(*args, **kwargs)
+            finally:
+                self._multiplying = False
+
+        return watched
 
     def _one_expert(self, rows: torch.Tensor, weight: torch.Tensor) -> None:
         for projection, parameter in zip(PROJECTIONS, expert_parameters(self.module), strict=True):
