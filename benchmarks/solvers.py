@@ -119,7 +119,7 @@ class Resident:
         statistics, quantizers = self._accumulators(), self.plans[recipe]
         solver = solver_of(quantizers)
         assert solver is not None
-        solving = SolverPass(solver, quantizers, self.skeleton, statistics, self.folds, (), {})
+        solving = SolverPass(solver, quantizers, self.skeleton, statistics, self.folds, set(), {})
         timed = Timed(solving, self.device)
         both = self._run(tokens, statistics, timed)
         return both - timed.seconds, timed.seconds

@@ -11,6 +11,7 @@ from pipeline.progress import duration
 from pipeline.tables import coverage_rows, print_rows
 from stages.calibrate.summary import Coverage, measure_coverage
 from state.errors import InputError
+from state.objects import solutions
 from state.reader import Calibration
 
 ATTEMPTS = 5
@@ -20,8 +21,10 @@ ATTEMPTS = 5
 class Status:
     """A run in numbers, at its newest commit.
 
-    batches, tokens: done and in all. commit_age: seconds since the newest commit, None if unknown.
-    last_event: what the log ends with ("committed", "stopped", ...). notes: damage that was passed over.
+    batches, tokens: done and in all, of the whole-model schedule. layers: done and in all, of an unfinished
+    layerwise one. solutions: solver → layers solved and in all. commit_age: seconds since the newest commit,
+    None if unknown. last_event: what the log ends with ("committed", "stopped", ...). notes: damage that was
+    passed over.
     """
 
     run: str
@@ -31,6 +34,8 @@ class Status:
     generation: str | None
     batches: tuple[int, int]
     tokens: tuple[int, int]
+    layers: tuple[int, int] | None
+    solutions: dict[str, tuple[int, int]]
     commit_age: float | None
     last_event: str | None
     coverage: Coverage
@@ -62,6 +67,8 @@ def _read(calibration: Calibration) -> Status:
     batches = total if head.finished else head.cursor.batch
     generation = calibration.generation() if head.generation else None
     coverage = measure_coverage(generation.layout, generation.arrays) if generation else Coverage()
+    arrays = generation.layout.arrays if generation else ()
+    layers = 1 + max((layer for array in arrays for layer in array.layers), default=-1)
     events = calibration.events()
     commits = [event for event in events if event["event"] in ("created", "committed")]
     run, recipe = str(calibration.path), str(settings.get("recipe", ""))
@@ -73,6 +80,8 @@ def _read(calibration: Calibration) -> Status:
         generation=head.generation,
         batches=(batches, total),
         tokens=(min(batches * batch, windows) * seq, windows * seq),
+        layers=(head.cursor.layer, layers) if head.cursor.layer and not head.finished else None,
+        solutions={solver: (len(solved), layers) for solver, solved in solutions(head.objects).items()},
         commit_age=_age(commits[-1]["time"]) if commits else None,
         last_event=events[-1]["event"] if events else None,
         coverage=coverage,
@@ -91,14 +100,24 @@ def print_status(status: Status, as_json: bool) -> None:
         print(json.dumps(asdict(status), indent=2))
         return
     age = "" if status.commit_age is None else f", {duration(status.commit_age)} ago"
+    progress = [
+        ("batches", f"{status.batches[0]:,} of {status.batches[1]:,}"),
+        ("tokens", f"{status.tokens[0]:,} of {status.tokens[1]:,}"),
+    ]
+    if status.layers is not None:
+        progress = [("layers", f"{status.layers[0]:,} of {status.layers[1]:,}")]
     rows = [
         ("run", f"{status.run} ({'finished' if status.finished else 'unfinished'})"),
         ("model", status.model),
-        ("batches", f"{status.batches[0]:,} of {status.batches[1]:,}"),
-        ("tokens", f"{status.tokens[0]:,} of {status.tokens[1]:,}"),
+        *progress,
         ("commit", f"{status.commit}{f' ({status.generation})' if status.generation else ''}{age}"),
         ("last event", status.last_event or "none"),
-        *coverage_rows(status.coverage),
+        *(
+            ("solutions", f"{solver}: {solved} of {layers} layers")
+            for solver, (solved, layers) in status.solutions.items()
+        ),
+        # Of layers that are still to come nothing can be said.
+        *(coverage_rows(status.coverage) if status.layers is None else ()),
         *(("damage", note) for note in status.notes),
         ("next", status.next_command),
     ]

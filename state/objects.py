@@ -6,7 +6,9 @@ committed.
 """
 
 import errno
-from collections.abc import Mapping
+import re
+from collections import defaultdict
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +24,7 @@ from state.durable import Bytes, Disk
 from state.identity import digest
 
 ZARR = "calibration.zarr"
+SOLUTION = re.compile(rf"{re.escape(ZARR)}/solutions/([^/]+)/(\d+)/zarr\.json")
 
 
 class BrokenObject(Exception):
@@ -30,6 +33,14 @@ class BrokenObject(Exception):
     def __init__(self, path: str, fault: str) -> None:
         super().__init__(f"{describe(path)} {fault}")
         self.path = path
+
+
+def solutions(paths: Iterable[str]) -> dict[str, set[int]]:
+    """Of the paths of a commit's objects: solver → the layers that it has solved."""
+    found: dict[str, set[int]] = defaultdict(set)
+    for match in filter(None, map(SOLUTION.fullmatch, paths)):
+        found[match[1]].add(int(match[2]))
+    return dict(found)
 
 
 def describe(path: str) -> str:

@@ -1,7 +1,6 @@
 """Which schedule comes next for a run, and what a solver still owes it."""
 
 import os
-import re
 from typing import Literal, cast
 
 import torch
@@ -12,6 +11,7 @@ from stages.solvers import Solver
 from state.errors import InputError
 from state.head import Head
 from state.layout import split_name
+from state.objects import solutions
 
 Name = Literal["whole", "layerwise"]
 
@@ -60,8 +60,7 @@ def unsolved_layers(work: Prepared, solver: Solver, head: Head) -> set[int]:
 
 def solved_layers(solver_id: str, head: Head) -> set[int]:
     """Layers whose solutions a commit holds."""
-    pattern = re.compile(rf"calibration\.zarr/solutions/{re.escape(solver_id)}/(\d+)/zarr\.json")
-    return {int(match[1]) for match in map(pattern.fullmatch, head.objects) if match is not None}
+    return solutions(head.objects).get(solver_id, set())
 
 
 def fits(work: Prepared) -> bool:

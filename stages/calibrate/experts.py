@@ -112,7 +112,7 @@ def watch_experts(
         if not rows.seen and args[0].numel():
             raise InputError(
                 f"{name} ({type(module).__name__}) multiplied its experts in a way that can't be observed; "
-                "try ARGS='--experts eager'"
+                "try --experts eager"
             )
 
     return [

@@ -86,9 +86,11 @@ class LayerByLayer:
             device,
             self.folder,
             limits,
-            lambda _layer, number: tick(sizes[number]),
+            # What is only computed again is no progress.
+            lambda layer, number: tick(sizes[number] if layer >= self._new_from else 0),
             head=None if finished else self._add_head,
         )
+        self._new_from = 0
         self._stack = ExitStack()
 
     def __enter__(self) -> Self:
@@ -112,7 +114,7 @@ class LayerByLayer:
         return self._first(cursor) * self.batches
 
     def steps(self, cursor: Cursor) -> Iterator[Step]:
-        first = self._first(cursor)
+        first = self._new_from = self._first(cursor)
         outside = None if self.finished else self._background.submit(self._outside_weights)
         self.forward.start(self._boundary(first))
         selected, wanted = Selected(), dict[int, Moments]()

@@ -79,7 +79,8 @@ class Pass:
 
     def _tick_or_stop(self, tokens: int) -> None:
         """Between two batches of a layer a stop need not wait: the layer is not committed anyway."""
-        self._tick(tokens)
+        if tokens:
+            self._tick(tokens)
         if self.stop:
             self._stopped(f"layers before {self.writer.head.cursor.layer} are committed")
 
@@ -142,7 +143,7 @@ class Pass:
                 Environment.model_validate(stored),
                 self.work.environment,
                 f"{solver_id} in {self.settings.run} was begun in another environment",
-                "go on there, or here with ARGS=--accept-environment",
+                "go on there, or here with --accept-environment",
             )
 
     def _stored(self, layout: Layout) -> dict[str, np.ndarray] | None:

@@ -120,7 +120,7 @@ def _check_environment(
             writer.record.environment,
             here,
             f"{settings.run} was begun in another environment",
-            "go on there, or here with ARGS=--accept-environment, which ends the promise of byte-identical "
+            "go on there, or here with --accept-environment, which ends the promise of byte-identical "
             "statistics for this run",
         )
     except IdentityMismatch:

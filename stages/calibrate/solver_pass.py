@@ -2,7 +2,6 @@
 to fold.
 """
 
-from collections.abc import Container
 from typing import Any
 
 import torch
@@ -40,12 +39,12 @@ class SolverPass:
         skeleton: Skeleton,
         statistics: Accumulators,
         folds: FoldMap,
-        solved: Container[int],
+        solved: set[int],
         attributes: dict[str, Any],
     ) -> None:
         self.solver, self.quantizers, self.skeleton = solver, quantizers, skeleton
         self.statistics, self.folds = statistics, folds
-        self.solved, self.attributes = solved, attributes
+        self.solved, self.attributes = set(solved), attributes
         self.modules = _modules_by_layer(quantizers)
         self.sites = _sites_by_layer(folds)
 
@@ -73,6 +72,7 @@ class SolverPass:
         modules = self.modules[layer]
         kept = {module: reason for module, reason in self.folds.impossible.items() if module in modules}
         attributes = self.attributes | {"method": method, "policies": found.policies, "kept_at_one": kept}
+        self.solved.add(layer)
         return Solution(self.solver.id, layer, to_host(found.arrays), attributes)
 
     def _groups(self, layer: int, moments: Moments) -> dict[str, Group]:

@@ -16,6 +16,7 @@ from stages.export.observed import Observed, observed
 from stages.export.plan import Shard, assign_shards, check_engine_rules, check_widths, plan_units
 from stages.export.report import REPORT, ExportReport, describe
 from stages.export.shards import index
+from stages.export.solved import calibrate_command
 from stages.export.tensors import Ingredients
 from stages.export.unify import Policies
 from stages.model_folder import locate
@@ -150,8 +151,17 @@ def _public_name(recipe: Recipe) -> str:
 
 
 def _refuse_unfinished(run: Calibration, settings: ExportSettings) -> None:
-    if not run.head.finished and not settings.partial:
+    if run.head.finished:
+        return
+    cursor, recorded = run.head.cursor, run.record.settings
+    finish = f"finish it with: {calibrate_command(recorded, str(run.path), str(recorded.get('recipe')))}"
+    if cursor.layer:
         raise InputError(
-            f"{settings.run} is unfinished (it stopped at {run.head.cursor}); give the calibrate command "
-            "again to finish it, or export what there is with --partial"
+            f"{settings.run} is unfinished: it holds the layers before {cursor.layer} and nothing of those "
+            f"behind; {finish}"
+        )
+    if not settings.partial:
+        raise InputError(
+            f"{settings.run} is unfinished: it holds {cursor.batch} batches; {finish}, or export what there "
+            "is with --partial"
         )

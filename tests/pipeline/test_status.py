@@ -14,7 +14,7 @@ from state.identity import Environment, Identity, tokens_digest
 from state.layout import Layout, SiteArray
 from state.record import RunRecord, SourceDescription
 from state.store import RunWriter
-from state.update import Generation, Update
+from state.update import Generation, Solution, Update
 
 TOKENS = np.arange(40, dtype=np.int32).reshape(5, 8)
 EXPERTS = SiteArray(
@@ -91,6 +91,17 @@ def test_unfinished(tmp_path: Path) -> None:
     )
     assert status.commit_age is not None
     assert status.next_command == f"holdfast calibrate org/model text.txt {run} --samples 5 --seq 8 --batch 2"
+
+
+def test_layer_by_layer(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    solved = Solution("gptq-0123", 0, {"model.layers.0.up@scale": np.ones(2, dtype=np.float32)}, {})
+    update = Update(Cursor(layer=1), finished=False, generation=GENERATION, solutions=(solved,))
+    status = look(make_run(tmp_path / "run", update))
+    assert (status.layers, status.solutions) == ((1, 2), {"gptq-0123": (1, 2)})
+    print_status(status, as_json=False)
+    printed = capsys.readouterr().out
+    assert "1 of 2" in printed and "gptq-0123: 1 of 2 layers" in printed
+    assert "batches" not in printed and "without tokens" not in printed
 
 
 def test_finished(tmp_path: Path) -> None:

@@ -9,11 +9,12 @@ import pytest
 import state
 from stages.calibrate.choose import solved_layers
 from stages.calibrate.run import calibrate
+from stages.export.run import export
 from stages.export.solved import Solved
 from stages.export.unify import connected
 from stages.progress import Silent
 from stages.recipes import resolve
-from stages.settings import CalibrateSettings
+from stages.settings import CalibrateSettings, ExportSettings
 from state.errors import InputError
 from state.layout import split_name
 from tests.stages.calibrate import families
@@ -37,6 +38,16 @@ class CrashAfter(Silent):
             self.left -= 1
             if self.left == 0:
                 raise Crash
+
+
+class Counting(Silent):
+    """What a progress bar would show."""
+
+    def start(self, name: str, total: int, unit: str, done: int = 0) -> None:
+        self.total, self.shown = total, done
+
+    def advance(self, amount: int, **facts: int) -> None:
+        self.shown += amount
 
 
 def settings(inputs: Path, run: Path, **changes: Any) -> CalibrateSettings:
@@ -187,3 +198,20 @@ def test_what_is_solved_is_what_export_folds(family: str, tmp_path: Path) -> Non
     for group in dict.fromkeys(connected(modules, groups).values()):
         folded = max(solving.folded_weight(model, module, scales).abs().max().item() for module in group)
         assert {recorded[module].item() for module in group} == {folded}, group
+
+
+def test_layers_that_are_computed_again_are_no_progress(moe: Path, tmp_path: Path) -> None:
+    wish = {"schedule": "layerwise", "recipe": GPTQ}
+    with pytest.raises(Crash):
+        calibrate(settings(moe, tmp_path / "run", **wish), CrashAfter(5))
+    progress = Counting()
+    calibrate(settings(moe, tmp_path / "run", **wish), progress)
+    assert progress.shown == progress.total
+
+
+def test_half_of_the_layers_are_not_exported(moe: Path, tmp_path: Path) -> None:
+    with pytest.raises(Crash):
+        calibrate(settings(moe, tmp_path / "run", schedule="layerwise"), CrashAfter(5))
+    wanted = ExportSettings(run=tmp_path / "run", out=tmp_path / "out", partial=True)
+    with pytest.raises(InputError, match=r"holds the layers before 1 .*finish it with: holdfast calibrate"):
+        export(wanted, Silent())

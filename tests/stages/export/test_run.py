@@ -210,7 +210,7 @@ class TestStatisticsRefused:
 
     def test_an_unfinished_run_needs_partial(self, made: Path, tmp_path: Path) -> None:
         run = support.variant_of(made / "run", tmp_path / "run", lambda _: None, finished=False)
-        with pytest.raises(InputError, match=r"is unfinished .*--partial"):
+        with pytest.raises(InputError, match=r"is unfinished: .* --partial"):
             run_export(made, tmp_path / "out", run=run)
         assert run_export(made, tmp_path / "out", run=run, partial=True).partial
         assert json.loads((tmp_path / "out" / "export_report.json").read_text())["unfinished_run"] is True
