@@ -3,7 +3,7 @@ solutions, one commit, the next layer.
 """
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -21,7 +21,7 @@ from stages.calibrate.layerwise import LayerwiseForward
 from stages.calibrate.layerwise import Step as LayerStep
 from stages.calibrate.moments import Moments
 from stages.calibrate.observe import observed, record_weights, stores_its_own
-from stages.calibrate.schedule import Step, Tick
+from stages.calibrate.schedule import Step
 from stages.calibrate.sinks import Selected, Sink
 from stages.skeleton import LinearModule, Skeleton
 from stages.weights import largest_magnitude, map_tensor
@@ -54,6 +54,8 @@ class LayerByLayer:
     Args:
         statistics: added to from layer `cursor.layer` on, unless they are finished already.
         solver: None for statistics alone.
+        tick: called after each batch of a layer with the layer's share of its tokens, None where committed
+        work is only done again.
         limits: memory for hidden states; what is larger goes to files in the run, which a crash leaves to go
         on from.
     """
@@ -70,7 +72,7 @@ class LayerByLayer:
         limits: Limits,
         finished: bool,
         solver: LayerSolver | None,
-        tick: Tick,
+        tick: Callable[[int | None], None],
     ) -> None:
         self.skeleton, self.source, self.statistics = skeleton, source, statistics
         self.finished, self.solver, self.device = finished, solver, device
@@ -86,8 +88,7 @@ class LayerByLayer:
             device,
             self.folder,
             limits,
-            # What is only computed again is no progress.
-            lambda layer, number: tick(sizes[number] if layer >= self._new_from else 0),
+            lambda layer, number: tick(self._share(sizes[number], layer)),
             head=None if finished else self._add_head,
         )
         self._new_from = 0
@@ -139,6 +140,12 @@ class LayerByLayer:
                 position = Cursor(pass_number=cursor.pass_number, layer=step.layer + 1)
                 solutions = () if solution is None else (solution,)
                 yield Step(position, self.finished or last, commit=True, solutions=solutions)
+
+    def _share(self, tokens: int, layer: int) -> int | None:
+        """A layer's part of the work on some tokens, counted in tokens; None where it is only done again."""
+        if layer < self._new_from:
+            return None
+        return tokens * (layer + 1) // self.layers - tokens * layer // self.layers
 
     def _first(self, cursor: Cursor) -> int:
         """The first layer of which anything is missing."""

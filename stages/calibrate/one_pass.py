@@ -77,9 +77,9 @@ class Pass:
         self.tokens += tokens
         self.progress.advance(1, tokens=tokens)
 
-    def _tick_or_stop(self, tokens: int) -> None:
+    def _tick_or_stop(self, tokens: int | None) -> None:
         """Between two batches of a layer a stop need not wait: the layer is not committed anyway."""
-        if tokens:
+        if tokens is not None:
             self._tick(tokens)
         if self.stop:
             self._stopped(f"layers before {self.writer.head.cursor.layer} are committed")

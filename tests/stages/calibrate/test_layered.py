@@ -205,8 +205,9 @@ def test_layers_that_are_computed_again_are_no_progress(moe: Path, tmp_path: Pat
     with pytest.raises(Crash):
         calibrate(settings(moe, tmp_path / "run", **wish), CrashAfter(5))
     progress = Counting()
-    calibrate(settings(moe, tmp_path / "run", **wish), progress)
+    summary = calibrate(settings(moe, tmp_path / "run", **wish), progress)
     assert progress.shown == progress.total
+    assert summary.tokens == 12 * 32 / 2  # one of two layers
 
 
 def test_half_of_the_layers_are_not_exported(moe: Path, tmp_path: Path) -> None:
