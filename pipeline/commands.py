@@ -6,10 +6,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from stages.settings import CalibrateSettings
+from stages.settings import POSITIONAL, CalibrateSettings, as_options
 
 MAKE_VARIABLES = ("model", "data", "run", "recipe", "samples", "seq", "batch", "device")
-POSITIONAL = ("model", "data", "run")
 
 
 def calibrate_command(settings: Mapping[str, Any]) -> str:
@@ -21,10 +20,9 @@ def calibrate_command(settings: Mapping[str, Any]) -> str:
     }
     if not _through_make():
         positions = [str(given[name]) for name in POSITIONAL if name in given]
-        options = _options({name: value for name, value in given.items() if name not in POSITIONAL})
-        return shlex.join(["holdfast", "calibrate", *positions, *options])
+        return shlex.join(["holdfast", "calibrate", *positions, *as_options(settings, POSITIONAL)])
     variables = [f"{name.upper()}={given[name]}" for name in MAKE_VARIABLES if name in given]
-    if options := _options({name: value for name, value in given.items() if name not in MAKE_VARIABLES}):
+    if options := as_options(settings, MAKE_VARIABLES):
         variables.append(f"ARGS={shlex.join(options)}")
     return shlex.join(["make", "calibrate", *variables])
 
@@ -39,14 +37,6 @@ def export_command(run: str, recipe: str, remembered: str) -> str:
     if _through_make():
         return shlex.join(["make", "export", f"RUN={run}", f"OUT={out}", *([f"RECIPE={recipe}"] * named)])
     return shlex.join(["holdfast", "export", run, out, *(["--recipe", recipe] * named)])
-
-
-def _options(given: Mapping[str, Any]) -> list[str]:
-    options = []
-    for name, value in given.items():
-        flag = "--" + name.replace("_", "-")
-        options += [flag] if value is True else [flag, str(value)]
-    return options
 
 
 def _through_make() -> bool:

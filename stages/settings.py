@@ -1,7 +1,8 @@
 """What a person asks of a stage. The command line builds these; library users may as well."""
 
+from collections.abc import Container, Mapping
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -45,6 +46,21 @@ class CalibrateSettings(BaseModel):
     trust_remote_code: bool = False
     schedule: Schedule = "auto"
     activation_memory: int = Field(default=8 * 2**30, gt=0)
+
+
+POSITIONAL = ("model", "data", "run")
+"""What `holdfast calibrate` takes without naming it."""
+
+
+def as_options(settings: Mapping[str, Any], leave_out: Container[str]) -> list[str]:
+    """A calibration's settings as options of the command line, but for defaults and what is left out."""
+    options = []
+    for name, field in CalibrateSettings.model_fields.items():
+        value = settings.get(name, field.default)
+        if name not in leave_out and value != field.default:
+            flag = f"--{name.replace('_', '-')}"
+            options += [flag] if value is True else [flag, str(value)]
+    return options
 
 
 class ExportSettings(BaseModel):

@@ -72,7 +72,7 @@ class Weights:
         so that weights which need no conversion take no memory that can't be reclaimed.
         """
         files: dict[str, list[str]] = defaultdict(list)
-        for name in () if self._loaded(part) else self._tensors[part]:
+        for name in self._tensors[part] if self._absent(part) else ():
             files[self._source.tensors[name].file].append(name)
         tensors = {}
         with torch.cuda.stream(self._copies):
@@ -97,7 +97,7 @@ class Weights:
         Raises:
             LayerwiseUnsupported: transformers can't convert them, or a weight is in no hub tensor.
         """
-        if self._loaded(part):
+        if not self._absent(part):
             return
         if self._copies is not None:
             for tensor in tensors.values():
@@ -119,13 +119,12 @@ class Weights:
             raise LayerwiseUnsupported(
                 f"transformers can't convert the hub tensors of {', '.join(sorted(faults))}"
             )
-        state = self._model.state_dict()
-        missing = [name for name in self._parameters[part] if state[name].is_meta]
-        if missing:
+        if missing := self._absent(part):
             raise LayerwiseUnsupported(f"no hub tensor fills {', '.join(missing)}")
 
-    def _loaded(self, part: Part) -> bool:
-        return not any(_tensor(self._model, name).is_meta for name in self._parameters[part])
+    def _absent(self, part: Part) -> list[str]:
+        """What a part has no values of yet."""
+        return [name for name in self._parameters[part] if _tensor(self._model, name).is_meta]
 
     def free(self, part: Part) -> None:
         """Put a part that `load` filled back on the meta device."""

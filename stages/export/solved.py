@@ -12,15 +12,13 @@ from torch import Tensor
 
 from stages.export.unify import PolicyUse
 from stages.quantizers import QuantizerPlan
-from stages.settings import CalibrateSettings
+from stages.settings import POSITIONAL, as_options
 from stages.solvers import Solver, array_name
 from state.errors import InputError
 from state.layout import split_name
-from state.objects import ZARR
+from state.objects import solutions
 from state.reader import Calibration
 from state.update import Solution
-
-POSITIONAL = ("model", "data", "run")
 
 
 class Solved:
@@ -134,20 +132,14 @@ class Solved:
 
 def calibrate_command(settings: Mapping[str, Any], run: str, recipe: str) -> str:
     """The command that adds a recipe's solutions to a run: as the run was made, but for the recipe."""
-    options = []
-    for name, field in CalibrateSettings.model_fields.items():
-        value = settings.get(name, field.default)
-        if name not in (*POSITIONAL, "recipe") and value != field.default:
-            flag = f"--{name.replace('_', '-')}"
-            options += [flag] if value is True else [flag, str(value)]
+    options = as_options(settings, (*POSITIONAL, "recipe"))
     model, data = str(settings.get("model", "MODEL")), str(settings.get("data", "DATA"))
     return shlex.join(["holdfast", "calibrate", model, data, run, "--recipe", recipe, *options])
 
 
 def _refuse_missing(run: Calibration, solver: Solver, layers: Iterable[int], recipe: str) -> None:
-    missing = [
-        layer for layer in layers if f"{ZARR}/solutions/{solver.id}/{layer}/zarr.json" not in run.head.objects
-    ]
+    solved = solutions(run.head.objects).get(solver.id, set())
+    missing = [layer for layer in layers if layer not in solved]
     if missing:
         command = calibrate_command(run.record.settings, str(run.path), recipe)
         shown = ", ".join(map(str, missing[:5])) + ", ..." * (len(missing) > 5)

@@ -143,10 +143,11 @@ def errors(member: Member, scales: Tensor, format: Format) -> Tensor:
 
 def scaled_difference(format: Format, weights: Tensor, scale: Tensor, amax: Tensor) -> Tensor:
     """Q(W s)/s - W: weights `[E, N, K]`, scale `[E, K]`, amax max|W s| `[E, 1, 1]` → f32 `[E, N, K]`."""
-    shared = global_scale(format, weights, amax)
-    if weights.is_cuda and format is NVFP4 and shared is not None:
+    if weights.is_cuda and format is NVFP4:
         from stages.calibrate.kernels import nvfp4_error
 
+        shared = global_scale(format, weights, amax)
+        assert shared is not None
         return nvfp4_error.scaled_difference(weights, scale, shared.flatten())
     weights, s = weights.float(), scale[:, None]
     return round_to_nearest(format, weights * s, amax).dequantize().div_(s).sub_(weights)

@@ -1,5 +1,6 @@
 """The layerwise schedule measures what the whole-model schedule measures, and goes on where it stopped."""
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,30 +15,17 @@ from stages.export.solved import Solved
 from stages.export.unify import connected
 from stages.progress import Silent
 from stages.recipes import resolve
-from stages.settings import CalibrateSettings, ExportSettings
+from stages.settings import ExportSettings
 from state.errors import InputError
 from state.layout import split_name
-from tests.stages.calibrate import families
+from tests.stages.calibrate import families, runs
+from tests.stages.calibrate.runs import Crash, Interrupting, crash
 from tests.stages.export import solving, support
 
 GPTQ = "general/ptq/nvfp4_default-kv_none-gptq"
 
 
-class Crash(BaseException):
-    """Stands for the process dying: nothing in the program catches it."""
-
-
-class CrashAfter(Silent):
-    """Dies after some batches, once the commits on the way are durable."""
-
-    def __init__(self, batches: int) -> None:
-        self.left = batches
-
-    def advance(self, amount: int, **facts: int) -> None:
-        if facts:
-            self.left -= 1
-            if self.left == 0:
-                raise Crash
+settings = partial(runs.settings, samples=12, batch=5)
 
 
 class Counting(Silent):
@@ -48,18 +36,6 @@ class Counting(Silent):
 
     def advance(self, amount: int, **facts: int) -> None:
         self.shown += amount
-
-
-def settings(inputs: Path, run: Path, **changes: Any) -> CalibrateSettings:
-    base = {
-        "model": str(inputs / "model"),
-        "data": str(inputs / "text.jsonl"),
-        "run": run,
-        "samples": 12,
-        "seq": 32,
-        "batch": 5,
-    }
-    return CalibrateSettings(**(base | changes))
 
 
 def make_inputs(folder: Path, family: str) -> Path:
@@ -115,7 +91,7 @@ def test_after_a_crash_in_a_layer_the_end_is_the_same(
     wish = {"schedule": "layerwise", "recipe": recipe}
     calibrate(settings(moe, tmp_path / "undisturbed", **wish), Silent())
     with pytest.raises(Crash):
-        calibrate(settings(moe, tmp_path / "run", **wish), CrashAfter(batches))
+        calibrate(settings(moe, tmp_path / "run", **wish), Interrupting(batches, crash))
     assert not state.open(tmp_path / "run").head.finished
     calibrate(settings(moe, tmp_path / "run", **wish), Silent())
     assert arrays(tmp_path / "run") == arrays(tmp_path / "undisturbed")
@@ -127,7 +103,7 @@ def test_hidden_states_in_a_file_give_the_same(moe: Path, tmp_path: Path) -> Non
     wish = {"schedule": "layerwise", "recipe": GPTQ, "device": "cpu"}  # a GPU's memory would hold them
     calibrate(settings(moe, tmp_path / "undisturbed", **wish), Silent())
     with pytest.raises(Crash):
-        calibrate(settings(moe, tmp_path / "run", activation_memory=1, **wish), CrashAfter(5))
+        calibrate(settings(moe, tmp_path / "run", activation_memory=1, **wish), Interrupting(5, crash))
     assert list((tmp_path / "run" / "activations").rglob("*.raw"))
     calibrate(settings(moe, tmp_path / "run", activation_memory=1, **wish), Silent())
     assert arrays(tmp_path / "run") == arrays(tmp_path / "undisturbed")
@@ -154,7 +130,7 @@ def test_a_solver_is_added_to_a_finished_run(moe: Path, tmp_path: Path) -> None:
 
 def test_a_run_goes_on_with_the_schedule_it_began_with(moe: Path, tmp_path: Path) -> None:
     with pytest.raises(Crash):
-        calibrate(settings(moe, tmp_path / "run", schedule="layerwise"), CrashAfter(5))
+        calibrate(settings(moe, tmp_path / "run", schedule="layerwise"), Interrupting(5, crash))
     with pytest.raises(InputError, match="begun with the layerwise schedule"):
         calibrate(settings(moe, tmp_path / "run", schedule="whole"), Silent())
 
@@ -203,7 +179,7 @@ def test_what_is_solved_is_what_export_folds(family: str, tmp_path: Path) -> Non
 def test_layers_that_are_computed_again_are_no_progress(moe: Path, tmp_path: Path) -> None:
     wish = {"schedule": "layerwise", "recipe": GPTQ}
     with pytest.raises(Crash):
-        calibrate(settings(moe, tmp_path / "run", **wish), CrashAfter(5))
+        calibrate(settings(moe, tmp_path / "run", **wish), Interrupting(5, crash))
     progress = Counting()
     summary = calibrate(settings(moe, tmp_path / "run", **wish), progress)
     assert progress.shown == progress.total
@@ -212,7 +188,7 @@ def test_layers_that_are_computed_again_are_no_progress(moe: Path, tmp_path: Pat
 
 def test_half_of_the_layers_are_not_exported(moe: Path, tmp_path: Path) -> None:
     with pytest.raises(Crash):
-        calibrate(settings(moe, tmp_path / "run", schedule="layerwise"), CrashAfter(5))
+        calibrate(settings(moe, tmp_path / "run", schedule="layerwise"), Interrupting(5, crash))
     wanted = ExportSettings(run=tmp_path / "run", out=tmp_path / "out", partial=True)
     with pytest.raises(InputError, match=r"holds the layers before 1 .*finish it with: holdfast calibrate"):
         export(wanted, Silent())

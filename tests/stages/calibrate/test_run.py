@@ -3,6 +3,7 @@
 import json
 import shutil
 import signal
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -12,41 +13,16 @@ import state
 from stages.calibrate.run import calibrate
 from stages.calibrate.summary import Summary
 from stages.progress import Silent
-from stages.settings import CalibrateSettings
 from state.errors import IdentityMismatch, InputError, RunBusy, Stopped
 from state.store import RunWriter
+from tests.stages.calibrate import runs
+from tests.stages.calibrate.runs import Crash, Interrupting, crash
 from tests.stages.export import support
 
 EVERY_BATCH = 1e-9  # seconds between commits: one after every batch
 
 
-class Crash(BaseException):
-    """Stands for the process dying: nothing in the program catches it."""
-
-
-class Interrupting(Silent):
-    """Does something in the middle of the work: after `batches` batches."""
-
-    def __init__(self, batches: int, action: object) -> None:
-        self.left, self.action = batches, action
-        self.warnings: list[str] = []
-        self.notes: list[str] = []
-
-    def advance(self, amount: int, **facts: int) -> None:
-        if facts:  # a batch, not tokens being read
-            self.left -= 1
-            if self.left == 0:
-                self.action()  # type: ignore[operator]
-
-    def warn(self, message: str) -> None:
-        self.warnings.append(message)
-
-    def note(self, message: str) -> None:
-        self.notes.append(message)
-
-
-def crash() -> None:
-    raise Crash
+settings = partial(runs.settings, samples=16, batch=3)
 
 
 @pytest.fixture(scope="module")
@@ -55,18 +31,6 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     support.make_model(scratch / "model", support.config_of("qwen3_moe"))
     support.make_text(scratch / "text.jsonl")
     return scratch
-
-
-def settings(inputs: Path, run: Path, **changes: object) -> CalibrateSettings:
-    base = {
-        "model": str(inputs / "model"),
-        "data": str(inputs / "text.jsonl"),
-        "run": run,
-        "samples": 16,
-        "seq": 32,
-        "batch": 3,
-    }
-    return CalibrateSettings(**(base | changes))  # type: ignore[arg-type]
 
 
 def statistics(run: Path) -> dict[str, np.ndarray]:

@@ -24,15 +24,6 @@ from tests.stages.export.test_folder import FailAt
 EXPERT = "model.layers.1.mlp.experts.2"
 
 
-@pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with model/ and run/, not to be written to."""
-    scratch = tmp_path_factory.mktemp("made")
-    support.make_model(scratch / "model", support.config_of("qwen3_moe"))
-    support.make_run(scratch / "run", scratch / "model", support.make_text(scratch / "text.jsonl"))
-    return scratch
-
-
 def run_export(made: Path, out: Path, disk: Disk | None = None, **settings: object) -> ExportReport:
     chosen = {"run": made / "run", "out": out} | settings
     return export(ExportSettings.model_validate(chosen), disk=disk)

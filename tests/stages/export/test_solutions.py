@@ -50,15 +50,6 @@ def write_recipe(path: Path, algorithm: str, weight: str = "nvfp4", input: str =
     return str(path)
 
 
-@pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with model/ and run/, not to be written to."""
-    scratch = tmp_path_factory.mktemp("made")
-    support.make_model(scratch / "model", support.config_of("qwen3_moe"))
-    support.make_run(scratch / "run", scratch / "model", support.make_text(scratch / "text.jsonl"))
-    return scratch
-
-
 def solved(made: Path, scratch: Path, recipe: Recipe | str, per_block: bool = False) -> HandSolved:
     chosen = resolve(recipe) if isinstance(recipe, str) else recipe
     return hand_solve(made / "model", made / "run", scratch / "run", chosen, per_block)
