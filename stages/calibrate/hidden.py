@@ -33,7 +33,8 @@ class Limits:
 
 
 class Buffer(Protocol):
-    """Room for one boundary. Batches are written once each."""
+    """Room for one boundary. Each batch is written once, and what is written is the buffer's from then on;
+    a buffer in memory is read once per batch, and what is read is the caller's own."""
 
     def write(self, batch: int, state: State) -> None: ...
     def read(self, batch: int) -> State: ...
@@ -45,29 +46,32 @@ class MemoryBuffer:
 
     def __init__(self, device: torch.device, on_device: bool) -> None:
         self._device = device
-        self._home = device if on_device else torch.device("cpu")
-        self._pinned = device.type == "cuda" and not on_device
+        self._elsewhere = device.type == "cuda" and not on_device
         self._states: dict[int, State] = {}
 
     def write(self, batch: int, state: State) -> None:
-        """Keep a copy of a batch's state; on a GPU it is queued on the current stream, as reads are."""
-        held = self._states[batch] = {
-            name: torch.empty(value.shape, dtype=value.dtype, device=self._home, pin_memory=self._pinned)
-            for name, value in state.items()
-        }
-        for name, value in state.items():
-            held[name].copy_(value, non_blocking=True)
+        """Keep a batch's state; on a GPU copies are queued on the current stream, as reads are."""
+        hold = _to_pinned if self._elsewhere else _alone
+        self._states[batch] = {name: hold(value) for name, value in state.items()}
 
     def read(self, batch: int) -> State:
-        """A batch's state on the compute device: a copy, since layers may work in place."""
-        return {
-            name: value.to(self._device, non_blocking=True, copy=True)
-            for name, value in self._states[batch].items()
-        }
+        """A batch's state on the compute device, let go here."""
+        state = self._states.pop(batch)
+        return {name: value.to(self._device, non_blocking=True) for name, value in state.items()}
 
     def drop(self) -> None:
         """Let go of everything."""
         self._states.clear()
+
+
+def _to_pinned(value: torch.Tensor) -> torch.Tensor:
+    held = torch.empty(value.shape, dtype=value.dtype, pin_memory=True)
+    return held.copy_(value, non_blocking=True)
+
+
+def _alone(value: torch.Tensor) -> torch.Tensor:
+    """The tensor, or a copy where it is a view that would keep more than its own memory."""
+    return value.clone() if value.untyped_storage().nbytes() > value.nbytes else value
 
 
 @dataclass(frozen=True)
@@ -222,7 +226,8 @@ class HiddenStates:
         self._after.write(batch, state)
 
     def read(self, batch: int) -> State:
-        """A batch's state before the current layer, on the device; the caller's own to change."""
+        """A batch's state before the current layer, on the device; asked for once, and the caller's own to
+        change."""
         if self._before is None:
             raise ValueError("there is no boundary to read yet")
         return self._before.read(batch)
