@@ -128,11 +128,16 @@ class LayerwiseForward:
         """Each layer while it has its weights; those of the next are read meanwhile."""
         upcoming: Future[dict[str, torch.Tensor]] | None = None
         for layer in layers:
-            read = upcoming or self._reader.submit(self._weights.read, layer)
-            self._weights.load(layer, read.result())
-            upcoming = self._reader.submit(self._weights.read, layer + 1) if layer + 1 in layers else None
+            read = upcoming or self._start_reading(layer)
+            if read is not None:
+                self._weights.load(layer, read.result())
+            upcoming = self._start_reading(layer + 1) if layer + 1 in layers else None
             yield layer
             self._weights.free(layer)
+
+    def _start_reading(self, layer: int) -> Future[dict[str, torch.Tensor]] | None:
+        """A layer's weights, read in the background; None where they are loaded."""
+        return self._reader.submit(self._weights.read, layer) if self._weights.absent(layer) else None
 
     @torch.inference_mode()
     def _run(

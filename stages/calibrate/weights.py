@@ -65,14 +65,20 @@ class Weights:
         """Bytes that the source stores for a part."""
         return sum(self._source.tensors[name].nbytes for name in self._tensors[part])
 
+    def absent(self, part: Part) -> list[str]:
+        """Names of what a part has no values of yet; empty where it is loaded."""
+        return [name for name in self._parameters[part] if _tensor(self._model, name).is_meta]
+
     def read(self, part: Part) -> dict[str, torch.Tensor]:
         """The hub tensors of a part as stored, read from the disk on return; none where it is loaded.
 
         On a GPU they are copies there, complete. In host memory they are private mappings of the checkpoint,
         so that weights which need no conversion take no memory that can't be reclaimed.
         """
+        if not self.absent(part):
+            return {}
         files: dict[str, list[str]] = defaultdict(list)
-        for name in self._tensors[part] if self._absent(part) else ():
+        for name in self._tensors[part]:
             files[self._source.tensors[name].file].append(name)
         tensors = {}
         with torch.cuda.stream(self._copies):
@@ -97,7 +103,7 @@ class Weights:
         Raises:
             LayerwiseUnsupported: transformers can't convert them, or a weight is in no hub tensor.
         """
-        if not self._absent(part):
+        if not self.absent(part):
             return
         if self._copies is not None:
             for tensor in tensors.values():
@@ -119,12 +125,8 @@ class Weights:
             raise LayerwiseUnsupported(
                 f"transformers can't convert the hub tensors of {', '.join(sorted(faults))}"
             )
-        if missing := self._absent(part):
+        if missing := self.absent(part):
             raise LayerwiseUnsupported(f"no hub tensor fills {', '.join(missing)}")
-
-    def _absent(self, part: Part) -> list[str]:
-        """What a part has no values of yet."""
-        return [name for name in self._parameters[part] if _tensor(self._model, name).is_meta]
 
     def free(self, part: Part) -> None:
         """Put a part that `load` filled back on the meta device."""
