@@ -69,10 +69,10 @@ def _add(
         a = tl.load(base + left[None, :], mask=valid & (left < channels)[None, :], other=0.0)
         b = tl.load(base + right[None, :], mask=valid & (right < channels)[None, :], other=0.0)
         sums = tl.dot(tl.trans(a), b, sums, input_precision="ieee")
-    inside = (left < channels)[:, None] & (right < channels)[None, :]
+    # On and below the diagonal; above it is its mirror image, to the bit.
+    inside = (left < channels)[:, None] & (left[:, None] >= right[None, :])
     matrix = totals + expert.to(tl.int64) * channels * channels
     place = matrix + left[:, None] * channels + right[None, :]
     sums += tl.load(place, mask=inside, other=0.0)
     tl.store(place, sums, mask=inside)
-    if i != j:
-        tl.store(matrix + right[None, :] * channels + left[:, None], sums, mask=inside)
+    tl.store(matrix + right[None, :] * channels + left[:, None], sums, mask=inside)
