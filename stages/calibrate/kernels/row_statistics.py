@@ -5,16 +5,31 @@ last program of an expert to finish adds its parts, in order: nothing depends on
 repeated run gives the same bits.
 """
 
+from dataclasses import dataclass
 from functools import cache
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.runtime import driver
 
-PART = 512  # rows of one program
-CHANNELS, ROWS, UNROLL, WARPS = 64, 32, 4, 8  # of one tile; tiles loaded together; per program
 PARTS = 16  # added at a time
+
+
+@dataclass(frozen=True)
+class Tiles:
+    """How rows are cut. part: rows of a program. channels, rows: of a tile. unroll: tiles loaded at once."""
+
+    part: int
+    channels: int
+    rows: int
+    unroll: int
+    warps: int
+
+
+# What was fastest on an H200: few programs for the many rows of experts, enough of them for one site.
+EXPERTS, SITE = Tiles(1024, 64, 16, 8, 4), Tiles(512, 32, 32, 4, 4)
 
 
 def add_groups(amax: Tensor, total: Tensor, tokens: Tensor, rows: Tensor, ends: Tensor) -> None:
@@ -26,39 +41,52 @@ def add_groups(amax: Tensor, total: Tensor, tokens: Tensor, rows: Tensor, ends: 
 
     A NaN makes its amax and total NaN.
     """
-    _add(amax, total, tokens, rows, ends, len(ends))
+    _add(amax, total, tokens, rows, ends, len(ends), EXPERTS)
 
 
 def add_rows(amax: Tensor, total: Tensor, tokens: Tensor, rows: Tensor) -> None:
     """Add rows [tokens, channels] of one site: amax f32 [channels], total f64 [channels], tokens int64 []."""
-    _add(amax, total, tokens, rows, None, 1)
+    _add(amax, total, tokens, rows, None, 1, SITE)
 
 
 def _add(
-    amax: Tensor, total: Tensor, tokens: Tensor, rows: Tensor, ends: Tensor | None, experts: int
+    amax: Tensor,
+    total: Tensor,
+    tokens: Tensor,
+    rows: Tensor,
+    ends: Tensor | None,
+    experts: int,
+    tiles: Tiles,
 ) -> None:
     rows = rows if rows.stride(-1) == 1 else rows.contiguous()
     count, channels = rows.shape
-    parts = triton.cdiv(count, PART) + (0 if ends is None else experts)  # no expert wastes more than one
+    wasted = 0 if ends is None else experts  # parts at the most, one per expert
+    # Plain arithmetic: Triton's own helpers take longer than a launch.
+    parts = -(-count // tiles.part) + wasted
     if not parts:
         return
-    across = triton.cdiv(channels, CHANNELS)
+    across = -(-channels // tiles.channels)
     maxima = torch.empty(parts, channels, dtype=torch.int32, device=rows.device)
     sums = torch.empty(parts, channels, dtype=torch.float64, device=rows.device)
     _add_parts[(across, parts)](
         rows, rows if ends is None else ends, maxima, sums, finished_parts(rows.device, across * experts),
         amax, total, tokens, count, channels, rows.stride(0), experts,
-        triton.next_power_of_2(experts), ends is not None, PART, CHANNELS, ROWS, UNROLL, PARTS,
-        num_warps=WARPS,
+        power_of_2(experts), ends is not None,
+        tiles.part, tiles.channels, tiles.rows, tiles.unroll, PARTS, num_warps=tiles.warps,
     )  # fmt: skip
+
+
+def power_of_2(least: int) -> int:
+    """The smallest one that is not below `least`."""
+    return 1 << (least - 1).bit_length()
 
 
 def finished_parts(device: torch.device, counters: int) -> Tensor:
     """Zeros, at least as many as asked for, int32; the kernel leaves them zeros. One tensor for all launches
     of a stream, which run one after another.
     """
-    stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
-    return _zeros(device, stream, triton.next_power_of_2(counters))
+    stream = driver.active.get_current_stream(device.index) if device.type == "cuda" else 0
+    return _zeros(device, stream, power_of_2(counters))
 
 
 @cache

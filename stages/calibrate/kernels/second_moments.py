@@ -21,7 +21,7 @@ def add_second_moments(totals: Tensor, rows: Tensor, ends: Tensor | None) -> Non
     rows = rows if rows.stride(-1) == 1 else rows.contiguous()
     channels = rows.shape[1]
     tile, step = (64, 32) if rows.dtype == torch.float32 else (128, 64)
-    pairs = tile_pairs(triton.cdiv(channels, tile), rows.device)
+    pairs = tile_pairs(-(-channels // tile), rows.device)
     _add[(pairs.shape[1], len(totals))](
         rows,
         rows if ends is None else ends,

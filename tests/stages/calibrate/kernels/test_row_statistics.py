@@ -29,7 +29,7 @@ def test_rows_past_the_last_end_belong_to_nobody(device: str) -> None:
 
 def test_rows_of_one_site(device: str) -> None:
     generator = torch.Generator().manual_seed(0)
-    rows = torch.randn(2 * row_statistics.PART + 3, 200, generator=generator).bfloat16()
+    rows = torch.randn(2 * row_statistics.SITE.part + 3, 200, generator=generator).bfloat16()
     amax, total = torch.zeros(200, device=device), torch.zeros(200, dtype=torch.float64, device=device)
     tokens = torch.tensor(4, device=device)
     row_statistics.add_rows(amax, total, tokens, rows.to(device))
