@@ -27,33 +27,44 @@ class Capture:
     hidden: torch.Tensor
     calls: tuple[LayerCall, ...]
 
+    def tensors(self) -> list[torch.Tensor]:
+        """Every tensor in it, once."""
+        leaves = {id(leaf): leaf for call in self.calls for leaf in call.leaves}
+        return [self.hidden, *(leaf for leaf in leaves.values() if isinstance(leaf, torch.Tensor))]
+
 
 def examine(decoder: Decoder, tokens: torch.Tensor) -> tuple[int, Capture]:
-    """Check with one batch of token ids [batch, seq] that the layers can be called one by one. Returns how
-    many values the parent takes from each layer (0 for a bare tensor, else the length of the tuple), and the
-    batch's capture.
+    """Find with one batch of token ids [batch, seq] how the parent calls its layers. Returns how many values
+    it takes from each layer (0 for a bare tensor, else the length of the tuple), and the batch's capture.
 
     Raises:
-        LayerwiseUnsupported: the parent changes the hidden state between layers, computes arguments from it,
-            calls the layers in another order than stored, or hands them something that can't be replayed.
+        LayerwiseUnsupported: the parent changes the hidden state between layers, calls the layers in another
+            order than stored, or hands them something that can't be replayed.
     """
     reasons = []
     for returns in range(MOST_RETURNS + 1):
         try:
-            taken = capture(decoder, tokens, returns)
-            break
+            return returns, capture(decoder, tokens, returns)
         except LayerwiseUnsupported as reason:
             reasons.append(reason)
-    else:
-        raise reasons[0]
-    # An argument computed from hidden states would be wrong here and show it only under another hidden state.
+    raise reasons[0]
+
+
+def require_independence(decoder: Decoder, tokens: torch.Tensor, returns: int, taken: Capture) -> None:
+    """Check that the arguments of layers are the same where a layer hands on another hidden state.
+
+    What replayed arguments were computed from is not the hidden state of a stand-in. taken, returns: what
+    `examine` found for these tokens.
+
+    Raises:
+        LayerwiseUnsupported: they are computed from hidden states.
+    """
     other, equal = capture(decoder, tokens, returns, altered=True), Comparison()
     for layer, calls in enumerate(zip(taken.calls, other.calls, strict=True)):
         if differing(*calls, equal):
             raise LayerwiseUnsupported(
                 f"{decoder.model_name} computes arguments of {decoder.name(layer)} from hidden states"
             )
-    return returns, taken
 
 
 def capture(decoder: Decoder, tokens: torch.Tensor, returns: int, altered: bool = False) -> Capture:
@@ -78,13 +89,17 @@ def capture(decoder: Decoder, tokens: torch.Tensor, returns: int, altered: bool 
     return Capture(stand_ins.handed[0], tuple(stand_ins.calls))
 
 
-def finish(decoder: Decoder, tokens: torch.Tensor, hidden: torch.Tensor, returns: int) -> torch.Tensor:
-    """What the parent makes of the last layer's output: the output head's input, [batch, seq, hidden]."""
+def finish(
+    decoder: Decoder, tokens: torch.Tensor, output: Callable[[], torch.Tensor], returns: int
+) -> torch.Tensor:
+    """What the parent makes of the last layer's output: the output head's input, [batch, seq, hidden].
+
+    output: called where the last layer would be; what it returns is the parent's own to change.
+    """
     found: list[torch.Tensor] = []
-    stand_ins = _StandIns(decoder, returns)
+    stand_ins = _StandIns(decoder, returns, recording=False)
+    stand_ins.outputs[len(decoder.layers) - 1] = lambda _: output()
     with stand_ins.installed(), without_logits(decoder.model, found.append), versions_counted():
-        own = hidden.clone()
-        stand_ins.outputs[len(decoder.layers) - 1] = lambda _: own
         decoder.model(input_ids=tokens, use_cache=False)
     return found[0]
 
@@ -109,14 +124,17 @@ class _Extra:
 class _StandIns:
     """The recording shared by the stand-ins of one forward.
 
-    outputs: layers that hand on something else than the hidden state they were given, as functions of it.
+    recording: whether `calls` is filled. outputs: layers that hand on something else than the hidden state
+    they were given, as functions of it.
     """
 
-    def __init__(self, decoder: Decoder, returns: int) -> None:
+    def __init__(self, decoder: Decoder, returns: int, recording: bool = True) -> None:
         self.decoder = decoder
         self.returns = returns
+        self.recording = recording
         self.outputs: dict[int, Callable[[torch.Tensor], torch.Tensor]] = {}
         self.calls: list[LayerCall] = []
+        self.entered = 0
         # The hidden state that entered layer 0, then each stand-in's result.
         self.handed: list[torch.Tensor] = []
         self.version = 0
@@ -137,10 +155,11 @@ class _StandIns:
 
     def called(self, index: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Record the call of layer `index` and return the hidden state, in a tuple where layers do."""
-        if index != len(self.calls):
+        if index != self.entered:
             raise LayerwiseUnsupported(
-                f"{self.decoder.name(index)} is called when {self.decoder.name(len(self.calls))} should be"
+                f"{self.decoder.name(index)} is called when {self.decoder.name(self.entered)} should be"
             )
+        self.entered += 1
         hidden = args[0] if args else kwargs.get("hidden_states")
         if not isinstance(hidden, torch.Tensor):
             raise LayerwiseUnsupported(f"{self.decoder.name(index)} is not called with a hidden state first")
@@ -151,7 +170,8 @@ class _StandIns:
                 f"{self.decoder.model_name} changes the hidden state "
                 f"between {self.decoder.name(index - 1)} and {self.decoder.name(index)}"
             )
-        self.calls.append(self._call(index, hidden, args, kwargs))
+        if self.recording:
+            self.calls.append(self._call(index, hidden, args, kwargs))
         # Each result is a tensor of its own, though of the same memory, to be told from those before it.
         result = self.outputs.get(index, torch.Tensor.detach)(hidden)
         self.handed.append(result)

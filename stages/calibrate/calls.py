@@ -7,6 +7,7 @@ filled in and taken out again.
 
 import json
 from collections.abc import Callable, Mapping, MutableMapping
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from stages.calibrate.beside import Beside
 from stages.calibrate.decoder import LayerwiseUnsupported
 from stages.calibrate.hidden import HIDDEN, Buffer, Limits, State, open_buffer
 
@@ -110,16 +112,21 @@ class Comparison:
     embeddings, and a GPU is waited for at every look.
 
     Keeps what it was given, so that identities stay unique.
+
+    Args:
+        beside: where to look; by default on the current stream.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, beside: Beside | None = None) -> None:
+        self._looking = nullcontext if beside is None else beside.run
         self._known: dict[tuple[int, int], tuple[bool, torch.Tensor, torch.Tensor]] = {}
 
     def __call__(self, left: torch.Tensor, right: torch.Tensor) -> bool:
         """Whether both hold the same values."""
         pair = id(left), id(right)
         if pair not in self._known:
-            self._known[pair] = left is right or torch.equal(left, right), left, right
+            with self._looking():
+                self._known[pair] = left is right or torch.equal(left, right), left, right
         return self._known[pair][0]
 
 
@@ -129,13 +136,17 @@ class Calls:
     Args:
         folder: for arguments that differ from batch to batch and don't fit in memory.
         batches: how many there are.
+        beside: where the calls were captured.
     """
 
-    def __init__(self, folder: Path, batches: int, device: torch.device, limits: Limits) -> None:
+    def __init__(
+        self, folder: Path, batches: int, device: torch.device, limits: Limits, beside: Beside
+    ) -> None:
         self._folder = folder
         self._batches = batches
         self._device = device
         self._limits = limits
+        self._beside = beside
         self._shape_of: dict[int, torch.Size] = {}
         self._calls: dict[torch.Size, tuple[LayerCall, ...]] = {}
         self._own: dict[int, Buffer] = {}
@@ -148,7 +159,7 @@ class Calls:
             LayerwiseUnsupported: the calls are built otherwise than those of an earlier batch of this shape.
         """
         self._shape_of[batch] = shape
-        kept, equal = self._calls.setdefault(shape, calls), Comparison()
+        kept, equal = self._calls.setdefault(shape, calls), Comparison(self._beside)
         for layer, (call, other) in enumerate(zip(kept, calls, strict=True)):
             own = {str(index): other.leaves[index] for index in differing(call, other, equal)}
             if own:

@@ -4,7 +4,7 @@ solutions, one commit, the next layer.
 
 import json
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from types import TracebackType
@@ -116,7 +116,7 @@ class LayerByLayer:
 
     def steps(self, cursor: Cursor) -> Iterator[Step]:
         first = self._new_from = self._first(cursor)
-        outside = None if self.finished else self._background.submit(self._outside_weights)
+        outside: Future[dict[Site, torch.Tensor]] | None = None
         self.forward.start(self._boundary(first))
         selected, wanted = Selected(), dict[int, Moments]()
 
@@ -128,6 +128,8 @@ class LayerByLayer:
         layout, layers = self.statistics.layout, f"{self.forward.decoder.path}."
         with observed(self.skeleton, self.skeleton.model, layout, selected, layers):
             for step in self.forward.steps(observe, first):
+                if outside is None and not self.finished:
+                    outside = self._background.submit(self._outside_weights)
                 solution = None
                 if step.layer in wanted and self.solver is not None:
                     solution = self.solver.solve(step.layer, wanted.pop(step.layer))

@@ -13,7 +13,8 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from stages.calibrate.arguments import Capture, capture, examine, finish
+from stages.calibrate.arguments import Capture, capture, examine, finish, require_independence
+from stages.calibrate.beside import Beside
 from stages.calibrate.calls import Calls
 from stages.calibrate.decoder import find_decoder
 from stages.calibrate.hidden import HIDDEN, Boundary, HiddenStates, Limits, State
@@ -75,10 +76,11 @@ class LayerwiseForward:
         materialise_buffers(skeleton.model, device)
         self.decoder = find_decoder(skeleton.model)
         self._weights = Weights(self.decoder, skeleton.parameter_of, source, device)
-        self._batches = tokens.split(batch)
-        self._device = device
+        # All at once: a copy to a GPU waits for everything that was queued before it.
+        self._batches = tokens.to(device, torch.int64).split(batch)
         self._states = HiddenStates(folder / "hidden", len(self._batches), device, limits)
-        self._calls = Calls(folder / "arguments", len(self._batches), device, limits)
+        self._beside = Beside(device)
+        self._calls = Calls(folder / "arguments", len(self._batches), device, limits, self._beside)
         self._advance = advance
         self._head = head
         self._returns = 0
@@ -95,12 +97,13 @@ class LayerwiseForward:
             self._states.close()
 
     def start(self, boundary: Boundary | None = None) -> int:
-        """Check with the first batch that the layers can be called one by one. Returns the first layer that
-        is yet to run: the one behind `boundary`, or 0 when none is given or its file is gone or damaged."""
+        """Find with the first batch how the layers are called. Returns the first layer that is yet to run: the
+        one behind `boundary`, or 0 when none is given or its file is gone or damaged."""
         if boundary is None or not self._states.restore(boundary):
             self._states.begin()
-        self._weights.load(OUTSIDE, self._weights.read(OUTSIDE))
-        self._returns, self._examined = examine(self.decoder, self._tokens(0))
+        self._load_outside()
+        with self._beside.run():
+            self._returns, self._examined = examine(self.decoder, self._batches[0])
         return self._states.layer
 
     def steps(self, observe: Observe = lambda layer, module: nullcontext(), first: int = 0) -> Iterator[Step]:
@@ -115,9 +118,10 @@ class LayerwiseForward:
             module = self.decoder.layers[layer]
             head = self._head if layer == last else None
             if head is not None:
-                self._weights.load(OUTSIDE, self._weights.read(OUTSIDE))
+                self._load_outside()
             with observe(layer, module) if layer >= first else nullcontext():
                 self._run(layer, module, layer == entry, head)
+            self._beside.join()
             self._weights.free(OUTSIDE)
             if layer >= first:
                 yield Step(layer, self.decoder.name(layer), module, self._states)
@@ -135,6 +139,12 @@ class LayerwiseForward:
             yield layer
             self._weights.free(layer)
 
+    def _load_outside(self) -> None:
+        """Load what surrounds the layers, unless it is loaded."""
+        if self._weights.absent(OUTSIDE):
+            self._weights.load(OUTSIDE, self._weights.read(OUTSIDE))
+            self._beside.follow()
+
     def _start_reading(self, layer: int) -> Future[dict[str, torch.Tensor]] | None:
         """A layer's weights, read in the background; None where they are loaded."""
         return self._reader.submit(self._weights.read, layer) if self._weights.absent(layer) else None
@@ -147,19 +157,37 @@ class LayerwiseForward:
         for batch in range(len(self._batches)):
             state = self._enter(layer, batch) if entering else self._states.read(batch)
             state = self._calls.bind(layer, batch, state).run(module, self._returns)
+            if entering and batch == 0:
+                self._check()  # not before: a GPU has the layer to compute meanwhile
             if layer + 1 < len(self.decoder.layers):
                 self._states.write(batch, state)
             if head is not None:
-                head(finish(self.decoder, self._tokens(batch), state[HIDDEN], self._returns))
+                self._finish(batch, state[HIDDEN], head)
             self._advance(layer, batch)
 
     def _enter(self, layer: int, batch: int) -> State:
         """Record what the parent hands to every layer for a batch. Returns the state before `layer`."""
-        taken, self._examined = self._examined, None
+        taken = self._examined
         if taken is None:
-            taken = capture(self.decoder, self._tokens(batch), self._returns)
+            with self._beside.run():
+                taken = capture(self.decoder, self._batches[batch], self._returns)
+        self._beside.join(taken.tensors())
         self._calls.add(batch, self._batches[batch].shape, taken.calls)
         return self._states.read(batch) if layer else {HIDDEN: taken.hidden}
 
-    def _tokens(self, batch: int) -> torch.Tensor:
-        return self._batches[batch].to(self._device, torch.int64)
+    def _check(self) -> None:
+        """Check with the first batch's capture that the recorded arguments hold for every hidden state."""
+        taken, self._examined = self._examined, None
+        if taken is not None:
+            with self._beside.run():
+                require_independence(self.decoder, self._batches[0], self._returns, taken)
+
+    def _finish(self, batch: int, hidden: torch.Tensor, head: Callable[[torch.Tensor], None]) -> None:
+        """Hand the head what the parent makes of the last layer's output for a batch."""
+
+        def output() -> torch.Tensor:
+            self._beside.follow([hidden])
+            return hidden.clone()
+
+        with self._beside.run():
+            head(finish(self.decoder, self._batches[batch], output, self._returns))

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from stages.calibrate.arguments import capture, examine, finish
+from stages.calibrate.arguments import capture, examine, finish, require_independence
 from stages.calibrate.calls import Carried, Hidden, Leaf, Returned
 from stages.calibrate.decoder import Decoder, LayerwiseUnsupported
 
@@ -50,6 +50,11 @@ def plain(model, hidden):
     return hidden
 
 
+def check(decoder: Decoder) -> None:
+    returns, taken = examine(decoder, TOKENS)
+    require_independence(decoder, TOKENS, returns, taken)
+
+
 def test_arguments_are_recorded_with_the_hidden_state_left_open():
     decoder = decoder_of(plain)
     assert examine(decoder, TOKENS)[0] == 0
@@ -75,7 +80,7 @@ def test_layers_are_back_in_place_after_a_capture():
 
 def test_finish_gives_the_head_input_for_the_last_layer_output():
     decoder = decoder_of(plain)
-    found = finish(decoder, TOKENS, torch.full((1, 3, 4), 3.0), 0)
+    found = finish(decoder, TOKENS, lambda: torch.full((1, 3, 4), 3.0), 0)
     assert torch.equal(found, torch.full((1, 3, 4), 6.0))
 
 
@@ -101,7 +106,7 @@ def test_the_embedding_may_go_to_every_layer():
         return hidden
 
     decoder = decoder_of(parent)
-    examine(decoder, TOKENS)
+    check(decoder)
     call = capture(decoder, TOKENS, 0).calls[1]
     assert call.template == ((Hidden(),), {"embedding": Leaf(0)})
     assert torch.equal(call.leaves[0], decoder.model.embed(TOKENS))
@@ -165,4 +170,4 @@ def passes_an_object(model, hidden):
 )
 def test_parents_that_cannot_be_replayed_are_refused(parent, message):
     with pytest.raises(LayerwiseUnsupported, match=message + ".*--schedule whole"):
-        examine(decoder_of(parent), TOKENS)
+        check(decoder_of(parent))

@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import nn
 
+from stages.calibrate.beside import Beside
 from stages.calibrate.calls import Calls, Carried, Hidden, LayerCall, Leaf, Returned, differing, pack_carried
 from stages.calibrate.decoder import LayerwiseUnsupported
 from stages.calibrate.hidden import HIDDEN, Limits
@@ -17,7 +18,7 @@ def call_with(*leaves) -> LayerCall:
 
 
 def open_calls(tmp_path, host: int = 1 << 20) -> Calls:
-    return Calls(tmp_path, 3, CPU, Limits(device=0, host=host))
+    return Calls(tmp_path, 3, CPU, Limits(device=0, host=host), Beside(CPU))
 
 
 def test_differing_names_the_tensors_that_are_not_equal():
