@@ -97,8 +97,8 @@ class LayerwiseForward:
             self._states.close()
 
     def start(self, boundary: Boundary | None = None) -> int:
-        """Find with the first batch how the layers are called. Returns the first layer that is yet to run: the
-        one behind `boundary`, or 0 when none is given or its file is gone or damaged."""
+        """Find with the first batch how the layers are called. Returns the first layer that is yet to run:
+        the one behind `boundary`, or 0 when none is given or its file is gone or damaged."""
         if boundary is None or not self._states.restore(boundary):
             self._states.begin()
         self._load_outside()

@@ -10,37 +10,48 @@ from stages.calibrate.kernels.rounding import NVFP4, nvfp4_step, round_to
 ROWS, BLOCKS = 16, 4  # of one tile
 
 
-def scaled_difference(weights: Tensor, scale: Tensor, shared: Tensor) -> Tensor:
+def scaled_difference(weights: Tensor, scales: Tensor, shared: Tensor, dtype: torch.dtype) -> Tensor:
     """What rounding to nearest changes in weights that are scaled by their input channel.
 
     Args:
-        weights: [E, N, K], K a multiple of 16. scale: f32 [E, K]. shared: f32 [E], the global scale of
-        weights * scale.
-    Returns f32 [E, N, K].
+        weights: [E, N, K], K a multiple of 16. scales: f32 [A, E, K], the candidates. shared: f32 [A, E], the
+        global scale of weights * scales. dtype: of the result, to which f32 is rounded.
+    Returns [A, E, N, K].
     """
-    weights, scale = weights.contiguous(), scale.contiguous()
+    weights, scales = weights.contiguous(), scales.contiguous()
     experts, rows, columns = weights.shape
-    difference = torch.empty(weights.shape, dtype=torch.float32, device=weights.device)
-    grid = (triton.cdiv(columns, 16 * BLOCKS), triton.cdiv(rows, ROWS), experts)
+    difference = torch.empty(*shared.shape, rows, columns, dtype=dtype, device=weights.device)
+    grid = (triton.cdiv(columns, 16 * BLOCKS), triton.cdiv(rows, ROWS), shared.numel())
     _difference[grid](
-        weights, scale, shared.contiguous(), difference, rows, columns, ROWS, BLOCKS, enable_fp_fusion=False
+        weights,
+        scales,
+        shared.contiguous(),
+        difference,
+        experts,
+        rows,
+        columns,
+        ROWS,
+        BLOCKS,
+        enable_fp_fusion=False,
     )
     return difference
 
 
 @triton.jit
 def _difference(
-    weights, scale, shared, difference, rows, columns, ROWS: tl.constexpr, BLOCKS: tl.constexpr
+    weights, scales, shared, difference, experts, rows, columns, ROWS: tl.constexpr, BLOCKS: tl.constexpr
 ):  # fmt: skip
-    expert = tl.program_id(2).to(tl.int64)
+    matrix = tl.program_id(2).to(tl.int64)
+    expert = matrix % experts
     row = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
     block = tl.program_id(0) * BLOCKS + tl.arange(0, BLOCKS)
     column = block[:, None] * 16 + tl.arange(0, 16)[None, :]
     inside = (row < rows)[:, None, None] & (column < columns)[None, :, :]
-    place = (expert * rows + row)[:, None, None] * columns + column[None, :, :]
-    w = tl.load(weights + place, mask=inside, other=0.0).to(tl.float32)
-    s = tl.load(scale + expert * columns + column, mask=column < columns, other=1.0)[None, :, :]
+    place = row[:, None, None].to(tl.int64) * columns + column[None, :, :]
+    w = tl.load(weights + expert * rows * columns + place, mask=inside, other=0.0).to(tl.float32)
+    s = tl.load(scales + matrix * columns + column, mask=column < columns, other=1.0)[None, :, :]
     scaled = w * s
-    step = nvfp4_step(tl.max(tl.abs(scaled), 2), tl.load(shared + expert))[:, :, None]
+    step = nvfp4_step(tl.max(tl.abs(scaled), 2), tl.load(shared + matrix))[:, :, None]
     rounded = round_to(tl.div_rn(scaled, tl.broadcast_to(step, scaled.shape)), NVFP4) * step
-    tl.store(difference + place, tl.div_rn(rounded, tl.broadcast_to(s, scaled.shape)) - w, mask=inside)
+    changed = tl.div_rn(rounded, tl.broadcast_to(s, scaled.shape)) - w
+    tl.store(difference + matrix * rows * columns + place, changed, mask=inside)

@@ -29,7 +29,7 @@ from stages.calibrate.solve.formats import (
     scales_from_amax,
     tensor_amax,
 )
-from stages.calibrate.solve.moments import expert_chunks, squared_error
+from stages.calibrate.solve.moments import chunks, squared_error, to_judge_by
 
 RATIOS = tuple(round(0.5 + 0.05 * i, 2) for i in range(11))
 
@@ -62,8 +62,8 @@ def search_block(format: Format, weights: Tensor, second_moment: Tensor) -> Solu
 def in_chunks(
     search: Callable[[Format, Tensor, Tensor], Solution], format: Format, weights: Tensor, moment: Tensor
 ) -> Solution:
-    chunks = expert_chunks(len(weights), weights[0].numel())
-    parts = [search(format, weights[part], moment[part]) for part in chunks]
+    experts = chunks(len(weights), weights[0].numel())
+    parts = [search(format, weights[part], moment[part]) for part in experts]
     return Solution(torch.cat([part.amax for part in parts]), torch.cat([part.losses for part in parts]))
 
 
@@ -73,7 +73,8 @@ def tensor_ratios(format: Format, weights: Tensor, second_moment: Tensor) -> Sol
     differences = (
         round_to_nearest(format, weights, own * ratio).dequantize().sub_(weights) for ratio in RATIOS
     )
-    losses = torch.stack([squared_error(difference, second_moment) for difference in differences])
+    moment = to_judge_by(second_moment)
+    losses = torch.stack([squared_error(difference, moment) for difference in differences])
     least, best = losses.min(0)
     return Solution(own * constants(RATIOS, own.device)[best][:, None, None], least)
 

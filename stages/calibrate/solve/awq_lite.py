@@ -9,7 +9,7 @@ together, as `Member`s; channels that must share one scale are `ties`; a vector 
 hold is snapped before it is judged.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from stages.calibrate.solve.formats import NVFP4, Format, constants, global_scale, round_to_nearest
-from stages.calibrate.solve.moments import Site, expert_chunks, squared_error
+from stages.calibrate.solve.moments import CHUNK_ELEMENTS, Site, chunks, squared_error, to_judge_by
 
 ALPHAS = tuple(round(0.1 * i, 1) for i in range(11))
 SMALLEST_SCALE, LARGEST_SCALE = 1e-4, 1e4
@@ -132,24 +132,32 @@ def errors(member: Member, scales: Tensor, format: Format) -> Tensor:
     """Σ ‖(Q(W s)/s - W) x‖² over the site's tokens: scales `[A, E, K]` → f32 `[A, E]`."""
     amax = (member.largest * scales).amax(-1)[..., None, None]  # of W s, exactly: rounding is monotonic
     parts = []
-    for part in expert_chunks(len(member.weights), member.weights[0].numel()):
-        weights, moment = member.weights[part], member.site.second_moment[part]
-        differences = (
-            scaled_difference(format, weights, scales[i, part], amax[i, part]) for i in range(len(scales))
-        )
-        parts.append(torch.stack([squared_error(difference, moment) for difference in differences]))
+    for part in chunks(len(member.weights), member.weights[0].numel()):
+        weights, moment = member.weights[part], to_judge_by(member.site.second_moment[part])
+        found = [
+            squared_error(scaled_difference(format, weights, scales[some, part], amax[some, part]), moment)
+            for some in _together(len(scales), weights)
+        ]
+        parts.append(torch.cat(found))
     return torch.cat(parts, dim=1)
 
 
-def scaled_difference(format: Format, weights: Tensor, scale: Tensor, amax: Tensor) -> Tensor:
-    """Q(W s)/s - W: weights `[E, N, K]`, scale `[E, K]`, amax max|W s| `[E, 1, 1]` → f32 `[E, N, K]`."""
+def _together(candidates: int, weights: Tensor) -> Iterator[slice]:
+    """The candidates to judge at once: one on a CPU, as many as there is memory for on a GPU."""
+    return chunks(candidates, weights.numel() if weights.is_cuda else CHUNK_ELEMENTS)
+
+
+def scaled_difference(format: Format, weights: Tensor, scales: Tensor, amax: Tensor) -> Tensor:
+    """Q(W s)/s - W: weights `[E, N, K]`, scales `[A, E, K]`, amax max|W s| `[A, E, 1, 1]` → `[A, E, N, K]`,
+    bf16 where a kernel does it, else f32.
+    """
     if weights.is_cuda and format is NVFP4:
         from stages.calibrate.kernels import nvfp4_error
 
         shared = global_scale(format, weights, amax)
         assert shared is not None
-        return nvfp4_error.scaled_difference(weights, scale, shared.flatten())
-    weights, s = weights.float(), scale[:, None]
+        return nvfp4_error.scaled_difference(weights, scales, shared.flatten(1), torch.bfloat16)
+    weights, s = weights.float(), scales[:, :, None]
     return round_to_nearest(format, weights * s, amax).dequantize().div_(s).sub_(weights)
 
 

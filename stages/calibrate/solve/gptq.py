@@ -27,7 +27,7 @@ from stages.calibrate.solve.formats import (
     scales_from_amax,
     step,
 )
-from stages.calibrate.solve.moments import expert_chunks
+from stages.calibrate.solve.moments import chunks
 
 DAMPING = 0.01
 # Columns quantized between two updates of all that follow, where the format sets one scale for a whole row.
@@ -58,7 +58,7 @@ def solve(
     Raises ValueError where the format's blocks do not divide K.
     """
     format.blocks(weights)
-    chunks = expert_chunks(len(weights), weights[0].numel() + second_moment[0].numel())
+    experts = chunks(len(weights), weights[0].numel() + second_moment[0].numel())
     return Quantized.concatenate(
         [
             solve_chunk(
@@ -68,7 +68,7 @@ def solve(
                 None if amax is None else amax[part],
                 damping,
             )
-            for part in chunks
+            for part in experts
         ]
     )
 

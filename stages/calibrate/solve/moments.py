@@ -5,7 +5,6 @@ the site's tokens makes every layer-wise loss computable without the tokens: Σ 
 """
 
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -37,36 +36,29 @@ def scaled(site: Site, scale: Tensor) -> Site:
     return Site(second_moment, site.abs_sum / scale, site.tokens)
 
 
-def squared_error(difference: Tensor, second_moment: Tensor) -> Tensor:
-    """tr(ΔW H ΔWᵀ), the output's squared error summed over tokens: `[E, N, K]`, `[E, K, K]` → f32 `[E]`.
+def to_judge_by(second_moment: Tensor) -> Tensor:
+    """H as `squared_error` takes it: on a GPU bf16, whose rounding averages out over the many products."""
+    return second_moment.bfloat16() if second_moment.is_cuda else second_moment
 
-    A GPU may multiply in TF32: its rounding averages out over the many products.
+
+def squared_error(difference: Tensor, moment: Tensor) -> Tensor:
+    """tr(ΔW H ΔWᵀ), the output's squared error summed over tokens: f32 `[..., E]`.
+
+    difference: `[..., E, N, K]`, for any number of candidates. moment: `[E, K, K]`, from `to_judge_by`.
     """
-    with tf32():
-        product = torch.bmm(difference, second_moment)
-    if product.is_cuda:
-        from stages.calibrate.kernels.products import sum_products
+    if difference.is_cuda:
+        from stages.calibrate.kernels.output_error import output_error
 
-        return sum_products(product, difference)
-    return product.mul_(difference).sum(dim=(1, 2))
-
-
-@contextmanager
-def tf32() -> Iterator[None]:
-    """Let float32 matrices be multiplied as TF32 where a GPU can, ten times faster."""
-    matmul = torch.backends.cuda.matmul
-    before = matmul.fp32_precision
-    matmul.fp32_precision = "tf32"
-    try:
-        yield
-    finally:
-        matmul.fp32_precision = before
+        candidates = difference.to(moment.dtype).reshape(-1, *difference.shape[-3:])
+        return output_error(candidates, moment).view(difference.shape[:-2])
+    return torch.matmul(difference, moment).mul_(difference).sum(dim=(-2, -1))
 
 
-def expert_chunks(experts: int, elements: int) -> Iterator[slice]:
-    """Cut the expert axis so that a tensor of `elements` per expert stays within CHUNK_ELEMENTS."""
+def chunks(count: int, elements: int) -> Iterator[slice]:
+    """Cut an axis of `count` entries (experts, candidates) so that a tensor of `elements` per entry stays
+    within CHUNK_ELEMENTS."""
     size = max(1, CHUNK_ELEMENTS // elements)
-    return (slice(start, start + size) for start in range(0, experts, size))
+    return (slice(start, start + size) for start in range(0, count, size))
 
 
 def with_prior(site: Site, common_basis: bool, tokens: float = PRIOR_TOKENS) -> Tensor:

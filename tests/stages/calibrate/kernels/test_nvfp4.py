@@ -1,5 +1,6 @@
 """What NVFP4 rounding changes, and where to clip it: the same bits as torch."""
 
+import pytest
 import torch
 from torch.testing import assert_close
 
@@ -16,10 +17,11 @@ def heavy_tailed() -> torch.Tensor:
     return weights.bfloat16()
 
 
-def test_scaled_difference(device: str) -> None:
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_scaled_difference(device: str, dtype: torch.dtype) -> None:
     weights = heavy_tailed()
-    scale = torch.rand(3, 176, generator=torch.Generator().manual_seed(1)) * 4 + 0.1
-    scaled = weights.float() * scale[:, None]
+    scales = torch.rand(2, 3, 176, generator=torch.Generator().manual_seed(1)) * 4 + 0.1
+    scaled = weights.float() * scales[:, :, None]
     shared = formats.global_scale(NVFP4, scaled)
     expected = formats.quantize(
         NVFP4,
@@ -28,9 +30,10 @@ def test_scaled_difference(device: str) -> None:
         shared,
     )
     difference = nvfp4_error.scaled_difference(
-        weights.to(device), scale.to(device), shared.flatten().to(device)
+        weights.to(device), scales.to(device), shared.flatten(1).to(device), dtype
     )
-    assert_close(difference.cpu(), expected.dequantize() / scale[:, None] - weights.float(), **EXACT)
+    changed = expected.dequantize() / scales[:, :, None] - weights.float()
+    assert_close(difference.cpu(), changed.to(dtype), **EXACT)
 
 
 def test_clip_blocks(device: str) -> None:
