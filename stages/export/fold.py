@@ -84,14 +84,18 @@ class FoldSite:
         """The sources that are divided as they are: all but a norm's weight, which `fold_norm` divides."""
         return self.sources[1:] if self.kind == "norm" else self.sources
 
-    def entries(self) -> Tensor:
+    def entries(self, device: torch.device | None = None) -> Tensor:
         """For every input column of the consumers the scale entry it takes: int64 `[columns]`."""
-        blocks = torch.arange(self.channels).reshape(-1, self.block)
+        blocks = torch.arange(self.channels, device=device).reshape(-1, self.block)
         return blocks.repeat_interleave(self.repeat, dim=0).flatten()
+
+    def columns(self, device: torch.device | None = None) -> Tensor:
+        """For every scale entry the input columns that take it: int64 `[channels, repeat]`."""
+        return self.entries(device).argsort(stable=True).unflatten(0, (self.channels, self.repeat))
 
     def expand(self, scale: Tensor) -> Tensor:
         """The scale of every input column of the consumers: `[channels]` → `[columns]`."""
-        return scale if self.repeat == 1 else scale[self.entries()]
+        return scale if self.repeat == 1 else scale[self.entries(scale.device)]
 
     def source_rows(self, part: Operand, scale: Tensor) -> Tensor:
         """What each row of a source is divided by: scale `[..., channels]` → `[..., rows]`; 1 for rows that

@@ -5,8 +5,8 @@ the linear's output over all tokens, is tr(ΔW H ΔWᵀ) / (tokens * out_feature
 once: the weight is quantized once per alpha, and no second forward pass is made.
 
 The search runs under the constraints of folding: linears that must share one scale vector are searched
-together, as `Member`s; channels that must share one scale are `ties`; a vector that a norm must be able to
-hold is snapped before it is judged.
+together, as `Member`s; channels that must share one scale are a row of `ties`; a vector that a norm must be
+able to hold is snapped before it is judged.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -76,12 +76,14 @@ def scale_for(alpha: Tensor, activation: Tensor, share: Tensor) -> Tensor:
 
 
 def tie(values: Tensor, ties: Tensor | None) -> Tensor:
-    """Give channels with equal `ties` their mean: f32 `[..., K]`, int64 `[K]` → f32 `[..., K]`."""
+    """Give channels that share a scale their mean: f32 `[..., K]`; ties int64 `[K/R, R]`, a row the channels
+    that belong together.
+    """
     if ties is None:
         return values
-    count = torch.bincount(ties).to(values)
-    sums = values.new_zeros(*values.shape[:-1], len(count)).index_add_(-1, ties, values)
-    return (sums / count)[..., ties]
+    tied = torch.empty_like(values)
+    tied[..., ties] = values[..., ties].mean(-1, keepdim=True).expand(*values.shape[:-1], *ties.shape)
+    return tied
 
 
 def search(
@@ -94,7 +96,7 @@ def search(
 
     Args:
         members: everything that reads the norm's output through a quantized weight; K is the same for all.
-        ties: int64 `[K]`; channels with the same number share a scale (v folded into o: the channels of the
+        ties: int64 `[K/R, R]`; the channels of a row share a scale (v folded into o: the channels of the
             query heads that read one KV head).
         snap: makes scale vectors `[11, K]` exactly foldable.
     """

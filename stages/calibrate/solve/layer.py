@@ -86,7 +86,7 @@ def solve_layer(
     solution = LayerSolution()
     scales = _search(groups, places, solution) if scales_by_awq else {}
     for group in groups.values():
-        folded = _fold_group(group, places, scales)
+        folded = _fold_group(group, places, scales, with_site=clip or damping is not None)
         amax = _finish(folded, clip, damping, solution)
         solution.arrays |= {f"{name}@weight_amax": amax for name in folded.members}
     for group in groups.values():  # at the end: to look at the tokens is to wait for a GPU
@@ -119,9 +119,9 @@ def _search_place(place: Place, readers: list[Group]) -> awq_lite.Solution:
     if place.site.kind == "norm":
         return awq_lite.search(members, weight_format, snap=_snap(place))
     if place.site.kind == "v_to_o":
-        ties = place.site.entries().to(members[0].weights.device)
+        ties = place.site.columns(members[0].weights.device)
         found = awq_lite.search(members, weight_format, ties=ties)
-        return replace(found, scale=_untie(place.site, found.scale))
+        return replace(found, scale=found.scale[ties[:, 0]])  # one per free channel
     found = awq_lite.search_each(members[0], weight_format)
     if _is_stacked(place.name):
         return found
@@ -140,19 +140,12 @@ def _snap(place: Place) -> Callable[[Tensor], Tensor]:
     return snap
 
 
-def _untie(site: FoldSite, columns: Tensor) -> Tensor:
-    """From one scale per input column, equal where they are tied, to one per free channel."""
-    scale = columns.new_ones(site.channels)
-    scale[site.entries().to(columns.device)] = columns
-    return scale
-
-
 def _is_stacked(name: str) -> bool:
     return "E" in name.split(".")
 
 
-def _fold_group(group: Group, places: list[Place], scales: Mapping[str, Tensor]) -> Group:
-    """The group as it is after folding: weights, and statistics of the scaled inputs."""
+def _fold_group(group: Group, places: list[Place], scales: Mapping[str, Tensor], with_site: bool) -> Group:
+    """The group as it is after folding: weights and, where wanted, statistics of the scaled inputs."""
     members, column = {}, None
     for name, weights in group.members.items():
         row = next(
@@ -172,7 +165,7 @@ def _fold_group(group: Group, places: list[Place], scales: Mapping[str, Tensor])
             None,
         )
         members[name] = TensorFold(_stacked(row, weights), _stacked(column, weights)).apply(weights)
-    if column is None:
+    if column is None or not with_site:
         return replace(group, members=members)
     return replace(group, members=members, site=scaled(group.site, column))
 

@@ -207,6 +207,7 @@ class TestFoldMap:
     def test_entries_say_which_columns_are_tied(self) -> None:
         assert VALUES.entries().tolist() == [0, 1, 0, 1, 2, 3, 2, 3]
         assert NORM.entries().tolist() == [0, 1]
+        assert VALUES.columns().tolist() == [[0, 2], [1, 3], [4, 6], [5, 7]]
 
     def test_what_is_not_quantized_is_rounded(self) -> None:
         assert NORM.rounded({"q"}) == ("norm.bias", "router.weight")
