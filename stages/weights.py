@@ -34,7 +34,7 @@ def largest_magnitude(values: torch.Tensor) -> torch.Tensor:
     """max |x| along the last axis, float32, without a copy of the values."""
     if values.is_cuda:  # one kernel instead of six
         return torch.linalg.vector_norm(values.detach(), torch.inf, dim=-1, dtype=torch.float32)
-    # Each row by itself: `aminmax` along an axis is 30 times slower.
+    # Each row by itself, since they are few and long: `aminmax` along an axis is 30 times slower.
     extremes = [torch.aminmax(row) for row in values.detach().reshape(-1, values.shape[-1])]
     low = torch.stack([found.min for found in extremes]).float()
     high = torch.stack([found.max for found in extremes]).float()

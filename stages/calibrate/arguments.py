@@ -29,8 +29,13 @@ class Capture:
 
     def tensors(self) -> list[torch.Tensor]:
         """Every tensor in it, once."""
-        leaves = {id(leaf): leaf for call in self.calls for leaf in call.leaves}
-        return [self.hidden, *(leaf for leaf in leaves.values() if isinstance(leaf, torch.Tensor))]
+        every = [self.hidden, *(leaf for call in self.calls for leaf in call.leaves)]
+        return list({id(value): value for value in every if isinstance(value, torch.Tensor)}.values())
+
+    def entering(self) -> torch.Tensor:
+        """The hidden state for layer 0 to work on: a copy where layers are handed it as an argument too."""
+        passed_on = any(leaf is self.hidden for call in self.calls for leaf in call.leaves)
+        return self.hidden.clone() if passed_on else self.hidden
 
 
 def examine(decoder: Decoder, tokens: torch.Tensor) -> tuple[int, Capture]:

@@ -1,8 +1,9 @@
 """The state of every batch at a boundary between two decoder layers: hidden states, and what a family carries
 beside them.
 
-Layer k reads boundary k and writes boundary k + 1, so that boundary k stays whole until layer k is committed.
-A boundary lives on the compute device, in host memory, or in a file, whichever limit it still fits.
+Layer k reads boundary k and writes boundary k + 1. A boundary lives on the compute device, in host memory, or
+in a file, whichever limit it still fits. In memory each batch is let go as it is read; in a file boundary k
+stays whole until layer k is committed.
 """
 
 import os
@@ -25,8 +26,8 @@ HIDDEN = "hidden"
 
 @dataclass(frozen=True)
 class Limits:
-    """Bytes that both boundaries together may take on the compute device, and in host memory when they don't
-    fit there; beyond that they go to files."""
+    """Bytes that boundaries may take on the compute device, and in host memory when they don't fit there;
+    beyond that they go to files."""
 
     device: int
     host: int
@@ -220,8 +221,8 @@ class HiddenStates:
     def write(self, batch: int, state: State) -> None:
         """Put a batch's state at the boundary after the current layer."""
         if self._after is None:
-            # Two boundaries exist at a time; the first batch is the largest.
-            needed = 2 * self._batches * sum(value.nbytes for value in state.values())
+            # A batch is between two boundaries at a time; the first batch is the largest.
+            needed = (self._batches + 1) * sum(value.nbytes for value in state.values())
             self._after = open_buffer(self._path(self.layer + 1), self._device, needed, self._limits)
         self._after.write(batch, state)
 

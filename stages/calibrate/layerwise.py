@@ -55,7 +55,7 @@ class LayerwiseForward:
         folder: for what doesn't fit `limits`; its files are deleted, save the one that `start` goes on from.
         advance: called with (layer, batch) after each batch, for progress; what it raises ends the forward.
         head: called with the output head's input of each batch, [windows, seq, hidden], as the last layer
-        runs.
+        runs; on a GPU on the stream beside (`Beside`), which is joined before the layer is yielded.
 
     Raises:
         LayerwiseUnsupported: the model can't be run this way (here and in all methods).
@@ -102,6 +102,7 @@ class LayerwiseForward:
         if boundary is None or not self._states.restore(boundary):
             self._states.begin()
         self._load_outside()
+        self._beside.follow()
         with self._beside.run():
             self._returns, self._examined = examine(self.decoder, self._batches[0])
         return self._states.layer
@@ -173,7 +174,7 @@ class LayerwiseForward:
                 taken = capture(self.decoder, self._batches[batch], self._returns)
         self._beside.join(taken.tensors())
         self._calls.add(batch, self._batches[batch].shape, taken.calls)
-        return self._states.read(batch) if layer else {HIDDEN: taken.hidden}
+        return self._states.read(batch) if layer else {HIDDEN: taken.entering()}
 
     def _check(self) -> None:
         """Check with the first batch's capture that the recorded arguments hold for every hidden state."""

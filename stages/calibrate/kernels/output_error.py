@@ -1,4 +1,6 @@
-"""tr(ΔW H ΔWᵀ) of many matrices: neither the product nor the upper half of the symmetric H is computed."""
+"""tr(ΔW H ΔWᵀ) of many matrices, from the tiles of the symmetric H on its diagonal and above; no product of
+matrices reaches memory.
+"""
 
 import torch
 import triton
@@ -46,7 +48,7 @@ def _sum(
             square + inner[:, None].to(tl.int64) * columns, mask=inside[:, None] & is_column, other=0.0
         )
         if first == tile * TILE:
-            sums += sums  # what is left of the diagonal stands for its mirror image too
+            sums += sums  # tiles above the diagonal stand for their mirror images too
         sums = tl.dot(a, b, sums, input_precision="ieee")
     last = tl.load(own + column[None, :], mask=is_row & is_column, other=0.0).to(tl.float32)
     part = tl.sum(tl.sum(sums * last, 1), 0)

@@ -69,24 +69,24 @@ def _add(
     maxima = torch.empty(parts, channels, dtype=torch.int32, device=rows.device)
     sums = torch.empty(parts, channels, dtype=torch.float64, device=rows.device)
     _add_parts[(across, parts)](
-        rows, rows if ends is None else ends, maxima, sums, finished_parts(rows.device, across * experts),
+        rows, rows if ends is None else ends, maxima, sums, _counters(rows.device, across * experts),
         amax, total, tokens, count, channels, rows.stride(0), experts,
-        power_of_2(experts), ends is not None,
+        _power_of_2(experts), ends is not None,
         tiles.part, tiles.channels, tiles.rows, tiles.unroll, PARTS, num_warps=tiles.warps,
     )  # fmt: skip
 
 
-def power_of_2(least: int) -> int:
+def _power_of_2(least: int) -> int:
     """The smallest one that is not below `least`."""
     return 1 << (least - 1).bit_length()
 
 
-def finished_parts(device: torch.device, counters: int) -> Tensor:
-    """Zeros, at least as many as asked for, int32; the kernel leaves them zeros. One tensor for all launches
-    of a stream, which run one after another.
+def _counters(device: torch.device, least: int) -> Tensor:
+    """Of finished parts: zeros, int32, which the kernel leaves zeros. One tensor for all launches of a
+    stream, which run one after another.
     """
     stream = driver.active.get_current_stream(device.index) if device.type == "cuda" else 0
-    return _zeros(device, stream, power_of_2(counters))
+    return _zeros(device, stream, _power_of_2(least))
 
 
 @cache

@@ -145,7 +145,9 @@ def _is_stacked(name: str) -> bool:
 
 
 def _fold_group(group: Group, places: list[Place], scales: Mapping[str, Tensor], with_site: bool) -> Group:
-    """The group as it is after folding: weights and, where wanted, statistics of the scaled inputs."""
+    """The group with folded weights and, where wanted, the statistics of their scaled inputs; else those of
+    the inputs as they were.
+    """
     members, column = {}, None
     for name, weights in group.members.items():
         row = next(

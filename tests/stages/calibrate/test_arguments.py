@@ -71,6 +71,19 @@ def test_arguments_are_recorded_with_the_hidden_state_left_open():
     assert taken.calls[2].leaves[4] == "full"
 
 
+def test_layer_0_gets_a_copy_of_what_other_layers_are_handed_too():
+    def parent(model, hidden):
+        embedding = hidden
+        for layer in model.layers:
+            hidden = layer(hidden, embedding=embedding)
+        return hidden
+
+    taken = capture(decoder_of(parent), TOKENS, 0)
+    assert torch.equal(taken.entering(), taken.hidden) and taken.entering() is not taken.hidden
+    plainly = capture(decoder_of(plain), TOKENS, 0)
+    assert plainly.entering() is plainly.hidden
+
+
 def test_layers_are_back_in_place_after_a_capture():
     decoder = decoder_of(plain)
     layers = list(decoder.layers)

@@ -8,6 +8,8 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM
 
+from stages.calibrate import layerwise
+from stages.calibrate.decoder import LayerwiseUnsupported
 from stages.calibrate.hidden import Boundary, Limits
 from stages.calibrate.layerwise import LayerwiseForward
 from stages.skeleton import Skeleton, load_config
@@ -141,6 +143,23 @@ def test_only_one_layer_has_weights_at_a_time(tmp_path):
             }
             assert loaded == {f"{step.name}.{name}" for name, _ in step.module.named_parameters()}
         assert all(parameter.is_meta for parameter in forward.decoder.model.parameters())
+
+
+def test_arguments_computed_from_hidden_states_are_refused(tmp_path, monkeypatch):
+    """The first batch is looked at once more; nothing is yielded before."""
+    model = save_tiny("llama", tmp_path / "model")
+    looked_at = []
+
+    def refuse(decoder, tokens, returns, taken):
+        looked_at.append((tokens.tolist(), taken.hidden.shape))
+        raise LayerwiseUnsupported("computed from hidden states")
+
+    monkeypatch.setattr(layerwise, "require_independence", refuse)
+    with open_forward(model, tmp_path / "run") as forward:
+        forward.start()
+        with pytest.raises(LayerwiseUnsupported, match=r"computed from hidden states.*--schedule whole"):
+            next(forward.steps())
+    assert looked_at == [(TOKENS[:BATCH].tolist(), (BATCH, *TOKENS.shape[1:], 32))]
 
 
 def test_tells_of_every_batch(tmp_path):

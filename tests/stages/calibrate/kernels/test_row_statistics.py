@@ -19,6 +19,23 @@ def test_groups_are_added_to_what_was_seen(device: str) -> None:
     assert tokens.tolist() == [6, 6, 2]
 
 
+def test_experts_of_many_parts_and_of_none(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(row_statistics, "EXPERTS", row_statistics.Tiles(32, 16, 8, 2, 4))
+    counts = [0, 700, 1, 0, 33, 32, 5, 0]
+    ends = torch.tensor(counts).cumsum(0).int()
+    rows = torch.randn(sum(counts) + 9, 40, generator=torch.Generator().manual_seed(0)).bfloat16()
+    amax, total = torch.zeros(8, 40, device=device), torch.zeros(8, 40, dtype=torch.float64, device=device)
+    tokens = torch.zeros(8, dtype=torch.int64, device=device)
+    own = rows[: sum(counts)].double().abs().split(counts)
+    for times in (1, 2):
+        row_statistics.add_groups(amax, total, tokens, rows.to(device), ends.to(device))
+        assert tokens.tolist() == [times * count for count in counts]
+        for expert, values in enumerate(own):
+            # Sums of few values of 8 bits are exact in float64.
+            assert torch.equal(total[expert].cpu(), times * values.sum(0))
+            assert torch.equal(amax[expert].cpu(), values.amax(0).float() if len(values) else torch.zeros(40))
+
+
 def test_rows_past_the_last_end_belong_to_nobody(device: str) -> None:
     amax, total = torch.zeros(2, 2, device=device), torch.zeros(2, 2, dtype=torch.float64, device=device)
     tokens = torch.zeros(2, dtype=torch.int64, device=device)
