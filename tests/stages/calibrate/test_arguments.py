@@ -50,6 +50,13 @@ def plain(model, hidden):
     return hidden
 
 
+def hands_on_the_embedding(model, hidden):
+    embedding = hidden
+    for layer in model.layers:
+        hidden = layer(hidden, embedding=embedding)
+    return hidden
+
+
 def check(decoder: Decoder) -> None:
     returns, taken = examine(decoder, TOKENS)
     require_independence(decoder, TOKENS, returns, taken)
@@ -72,13 +79,7 @@ def test_arguments_are_recorded_with_the_hidden_state_left_open():
 
 
 def test_layer_0_gets_a_copy_of_what_other_layers_are_handed_too():
-    def parent(model, hidden):
-        embedding = hidden
-        for layer in model.layers:
-            hidden = layer(hidden, embedding=embedding)
-        return hidden
-
-    taken = capture(decoder_of(parent), TOKENS, 0)
+    taken = capture(decoder_of(hands_on_the_embedding), TOKENS, 0)
     assert torch.equal(taken.entering(), taken.hidden) and taken.entering() is not taken.hidden
     plainly = capture(decoder_of(plain), TOKENS, 0)
     assert plainly.entering() is plainly.hidden
@@ -112,13 +113,7 @@ def test_values_returned_beside_the_hidden_state():
 
 
 def test_the_embedding_may_go_to_every_layer():
-    def parent(model, hidden):
-        embedding = hidden
-        for layer in model.layers:
-            hidden = layer(hidden, embedding=embedding)
-        return hidden
-
-    decoder = decoder_of(parent)
+    decoder = decoder_of(hands_on_the_embedding)
     check(decoder)
     call = capture(decoder, TOKENS, 0).calls[1]
     assert call.template == ((Hidden(),), {"embedding": Leaf(0)})
