@@ -58,8 +58,8 @@ def examine(decoder: Decoder, tokens: torch.Tensor) -> tuple[int, Capture]:
 def require_independence(decoder: Decoder, tokens: torch.Tensor, returns: int, taken: Capture) -> None:
     """Check that the arguments of layers are the same where a layer hands on another hidden state.
 
-    What replayed arguments were computed from is not the hidden state of a stand-in. taken, returns: what
-    `examine` found for these tokens.
+    Stand-ins hand on the embedding: an argument computed from hidden states would be wrong in a replay, and
+    shows it only under another hidden state. taken, returns: what `examine` found for these tokens.
 
     Raises:
         LayerwiseUnsupported: they are computed from hidden states.

@@ -102,7 +102,7 @@ class LayerwiseForward:
         if boundary is None or not self._states.restore(boundary):
             self._states.begin()
         self._load_outside()
-        self._beside.follow()
+        self._beside.follow()  # weights that were loaded before may still be on their way
         with self._beside.run():
             self._returns, self._examined = examine(self.decoder, self._batches[0])
         return self._states.layer
