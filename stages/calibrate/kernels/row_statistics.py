@@ -66,10 +66,8 @@ def _add(
     if not parts:
         return
     across = -(-channels // tiles.channels)
-    maxima = torch.empty(parts, channels, dtype=torch.int32, device=rows.device)
-    sums = torch.empty(parts, channels, dtype=torch.float64, device=rows.device)
     _add_parts[(across, parts)](
-        rows, rows if ends is None else ends, maxima, sums, _counters(rows.device, across * experts),
+        rows, rows if ends is None else ends, *_scratch(rows.device, parts * channels, across * experts),
         amax, total, tokens, count, channels, rows.stride(0), experts,
         _power_of_2(experts), ends is not None,
         tiles.part, tiles.channels, tiles.rows, tiles.unroll, PARTS, num_warps=tiles.warps,
@@ -81,17 +79,22 @@ def _power_of_2(least: int) -> int:
     return 1 << (least - 1).bit_length()
 
 
-def _counters(device: torch.device, least: int) -> Tensor:
-    """Of finished parts: zeros, int32, which the kernel leaves zeros. One tensor for all launches of a
-    stream, which run one after another.
+def _scratch(device: torch.device, values: int, counters: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Room for the maxima (int32) and the sums (f64) of parts, and counters of finished parts (int32), which
+    are zeros and which the kernel leaves zeros. The same for all launches of a stream, which run one after
+    another.
     """
     stream = driver.active.get_current_stream(device.index) if device.type == "cuda" else 0
-    return _zeros(device, stream, _power_of_2(least))
+    return _kept(device, stream, _power_of_2(values), _power_of_2(counters))
 
 
 @cache
-def _zeros(device: torch.device, _stream: int, count: int) -> Tensor:
-    return torch.zeros(count, dtype=torch.int32, device=device)
+def _kept(device: torch.device, _stream: int, values: int, counters: int) -> tuple[Tensor, Tensor, Tensor]:
+    return (
+        torch.empty(values, dtype=torch.int32, device=device),
+        torch.empty(values, dtype=torch.float64, device=device),
+        torch.zeros(counters, dtype=torch.int32, device=device),
+    )
 
 
 @triton.jit
