@@ -30,12 +30,15 @@ def map_tensor(source: Source, name: str) -> torch.Tensor:
         return mapped
 
 
-def largest_magnitude(values: torch.Tensor) -> torch.Tensor:
-    """max |x| along the last axis, float32, without a copy of the values."""
+def largest_magnitude(values: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
+    """max |x| along the last axis, float32, without a copy of the values; in `out` where it is given."""
+    if out is None:
+        out = torch.empty(values.shape[:-1], device=values.device)
     if values.is_cuda:  # one kernel instead of six
-        return torch.linalg.vector_norm(values.detach(), torch.inf, dim=-1, dtype=torch.float32)
+        torch.linalg.vector_norm(values.detach(), torch.inf, dim=-1, dtype=torch.float32, out=out)
+        return out
     # Each row by itself, since they are few and long: `aminmax` along an axis is 30 times slower.
     extremes = [torch.aminmax(row) for row in values.detach().reshape(-1, values.shape[-1])]
     low = torch.stack([found.min for found in extremes]).float()
     high = torch.stack([found.max for found in extremes]).float()
-    return torch.maximum(-low, high).reshape(values.shape[:-1])
+    return out.copy_(torch.maximum(-low, high).view_as(out))

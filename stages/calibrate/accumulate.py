@@ -13,6 +13,7 @@ import torch
 from stages.calibrate.host import to_host
 from stages.calibrate.reduce import Seen, add_groups, add_rows
 from stages.calibrate.sinks import Place
+from stages.weights import largest_magnitude
 from state.layout import Layout, SiteArray
 
 
@@ -52,9 +53,14 @@ class Accumulators:
         """Merge rows sorted by expert into all experts of one layer, as `add_groups` takes them."""
         add_groups(self._seen(array.key, place), values.detach(), ends)
 
-    def set_weight(self, array: SiteArray, place: Place, amax: torch.Tensor) -> None:
-        """Set max |W| of one linear (a scalar) or of one projection of all experts of a layer ([experts])."""
-        self.weights[array.key][place] = amax.float()
+    def add_weights(self, array: SiteArray, place: Place, weights: torch.Tensor) -> None:
+        """Set max |W| of one linear (weights [n]) or of one projection of all experts of a layer
+        ([experts, n])."""
+        largest_magnitude(weights, out=self.weights[array.key][place])
+
+    def set_weight(self, array: SiteArray, place: Place, amax: float) -> None:
+        """Set max |W| of one linear, found elsewhere."""
+        self.weights[array.key][place] = amax
 
     def _seen(self, key: str, place: Place) -> Seen:
         """Views of one site's statistics, made once."""

@@ -20,10 +20,15 @@ from stages.calibrate.hidden import Boundary, Limits
 from stages.calibrate.layerwise import LayerwiseForward
 from stages.calibrate.layerwise import Step as LayerStep
 from stages.calibrate.moments import Moments
-from stages.calibrate.observe import observed, record_weights, stores_its_own
+from stages.calibrate.observe import (
+    observed_keys_and_values,
+    observed_rows,
+    record_weights,
+    stores_its_own,
+)
 from stages.calibrate.schedule import Step
 from stages.calibrate.sinks import Selected, Sink
-from stages.skeleton import LinearModule, Skeleton
+from stages.skeleton import Skeleton
 from stages.weights import largest_magnitude, map_tensor
 from state.durable import Disk
 from state.layout import Site
@@ -93,6 +98,13 @@ class LayerByLayer:
         )
         self._new_from = 0
         self._stack = ExitStack()
+        layer_of = self.forward.decoder.layer_of
+        self._outside = [linear for linear in skeleton.linears if layer_of(linear.memory) is None]
+        self._outside_tensors = {
+            Site(linear.hub, "weight"): name
+            for linear in self._outside
+            if (name := self._stored_weight(linear.memory)) is not None
+        }
 
     def __enter__(self) -> Self:
         self._background = self._stack.enter_context(ThreadPoolExecutor(1, thread_name_prefix="outside"))
@@ -116,24 +128,31 @@ class LayerByLayer:
 
     def steps(self, cursor: Cursor) -> Iterator[Step]:
         first = self._new_from = self._first(cursor)
-        outside: Future[dict[Site, torch.Tensor]] | None = None
+        outside: Future[dict[Site, float]] | None = None
         self.forward.start(self._boundary(first))
         selected, wanted = Selected(), dict[int, Moments]()
 
         @contextmanager
         def observe(layer: int, _module: nn.Module) -> Iterator[None]:
-            with selected.hand_to(*self._sinks(layer, self._new_statistics(layer, cursor), wanted)):
+            new, prefix = not self.finished and layer >= cursor.layer, f"{self.forward.decoder.name(layer)}."
+            with (
+                selected.hand_to(*self._sinks(layer, new, wanted)),
+                observed_rows(self.skeleton, model, layout, selected, prefix),
+            ):
                 yield
+            if new:  # behind the batches: a GPU has them to compute meanwhile
+                record_weights(self.skeleton, model, self.statistics, prefix)
 
-        layout, layers = self.statistics.layout, f"{self.forward.decoder.path}."
-        with observed(self.skeleton, self.skeleton.model, layout, selected, layers):
+        model, layout = self.skeleton.model, self.statistics.layout
+        with observed_keys_and_values(self.skeleton, model, layout, selected):
             for step in self.forward.steps(observe, first):
-                if outside is None and not self.finished:
+                last = step.layer + 1 == self.layers
+                if not self.finished and step.layer == min(first + 1, self.layers - 1):
+                    # Not behind the first layer, when a GPU has little queued: it would wait meanwhile.
                     outside = self._background.submit(self._outside_weights)
                 solution = None
                 if step.layer in wanted and self.solver is not None:
                     solution = self.solver.solve(step.layer, wanted.pop(step.layer))
-                last = step.layer + 1 == self.layers
                 if last and outside is not None:
                     for site, amax in outside.result().items():
                         self.statistics.set_weight(*layout.locate(site), amax)
@@ -156,16 +175,9 @@ class LayerByLayer:
         statistics = self.layers if self.finished else min(cursor.layer, self.layers)
         return min([statistics, *lacking])
 
-    def _new_statistics(self, layer: int, cursor: Cursor) -> bool:
-        return not self.finished and layer >= cursor.layer
-
     def _sinks(self, layer: int, statistics: bool, wanted: dict[int, Moments]) -> list[Sink]:
         """What takes a layer's rows."""
-        prefix = f"{self.forward.decoder.name(layer)}."
-        sinks: list[Sink] = []
-        if statistics:
-            record_weights(self.skeleton, self.skeleton.model, self.statistics, prefix)
-            sinks.append(self.statistics)
+        sinks: list[Sink] = [self.statistics] if statistics else []
         if self.solver is not None and self.solver.missing(layer):
             wanted[layer] = self.solver.moments(layer)
             sinks.append(wanted[layer])
@@ -175,25 +187,17 @@ class LayerByLayer:
         """Statistics of the output head's input."""
         layout = self.statistics.layout
         head = self.skeleton.model.get_output_embeddings()
-        for linear in self._outside():
+        for linear in self._outside:
             site = Site(linear.hub, "input")
             if self.skeleton.model.get_submodule(linear.memory) is head and stores_its_own(layout, site):
                 self.statistics.add(*layout.locate(site), values)
 
-    def _outside(self) -> list[LinearModule]:
-        """Linears that belong to no layer."""
-        layer_of = self.forward.decoder.layer_of
-        return [linear for linear in self.skeleton.linears if layer_of(linear.memory) is None]
-
-    def _outside_weights(self) -> dict[Site, torch.Tensor]:
-        """max |W| of every linear outside of layers, while the layers compute."""
-        found = {}
-        for linear in self._outside():
-            name = self._stored_weight(linear.memory)
-            if name is not None:
-                weight = map_tensor(self.source, name)
-                found[Site(linear.hub, "weight")] = largest_magnitude(weight.flatten())
-        return found
+    def _outside_weights(self) -> dict[Site, float]:
+        """max |W| of every linear that belongs to no layer, while the layers compute."""
+        return {
+            site: largest_magnitude(map_tensor(self.source, name).flatten()).item()
+            for site, name in self._outside_tensors.items()
+        }
 
     def _stored_weight(self, memory: str) -> str | None:
         """The hub tensor of a module's weight; for a tied output head that of the embeddings."""

@@ -14,21 +14,31 @@ from stages.calibrate.attention import channels_last, observed_attention
 from stages.calibrate.experts import expert_parameters, watch_experts
 from stages.calibrate.sinks import Place, Sink
 from stages.skeleton import ExpertsModule, Skeleton
-from stages.weights import largest_magnitude
 from state.layout import Layout, Site, SiteArray, split_name
 
 
 @contextmanager
-def observed(
+def observed(skeleton: Skeleton, model: PreTrainedModel, layout: Layout, sink: Sink) -> Iterator[None]:
+    """Within the context every forward of `model` is added to `sink`; its outputs stay bit-equal.
+
+    skeleton: the same model without weights, for the names.
+    """
+    with (
+        observed_rows(skeleton, model, layout, sink),
+        observed_keys_and_values(skeleton, model, layout, sink),
+    ):
+        yield
+
+
+@contextmanager
+def observed_rows(
     skeleton: Skeleton, model: PreTrainedModel, layout: Layout, sink: Sink, within: str = ""
 ) -> Iterator[None]:
-    """Within the context every forward of `model`, or of a part of it, is added to `sink`; its outputs stay
-    bit-equal.
+    """`observed` for the inputs of linears and experts.
 
-    skeleton: the same model without weights, for the names. within: prefix of the memory names of the modules
-    to observe, such as `model.layers.`; all of them by default.
+    within: prefix of the memory names of the modules to observe, such as `model.layers.3.`; all of them by
+    default.
     """
-    names = {module: name for name, module in model.named_modules()}
     with ExitStack() as stack:
         for linear in skeleton.linears:
             if linear.memory.startswith(within) and stores_its_own(layout, Site(linear.hub, "input")):
@@ -40,17 +50,29 @@ def observed(
             if experts.memory.startswith(within):
                 for hook in _watch(experts, model.get_submodule(experts.memory), layout, sink):
                     stack.callback(hook.remove)
+        yield
 
-        @cache
-        def located(module: nn.Module) -> list[tuple[SiteArray, Place]]:
-            name = skeleton.hub_name(names[module])
-            return [layout.locate(Site(name, "k")), layout.locate(Site(name, "v"))]
 
-        def key_value(module: nn.Module, *observed: torch.Tensor) -> None:
-            for (array, place), values in zip(located(module), observed, strict=True):
-                sink.add(array, place, channels_last(values))
+@contextmanager
+def observed_keys_and_values(
+    skeleton: Skeleton, model: PreTrainedModel, layout: Layout, sink: Sink
+) -> Iterator[None]:
+    """`observed` for the keys and values of attention."""
 
-        stack.enter_context(observed_attention(model, key_value))
+    @cache
+    def names() -> dict[nn.Module, str]:
+        return {module: name for name, module in model.named_modules()}
+
+    @cache
+    def located(module: nn.Module) -> list[tuple[SiteArray, Place]]:
+        name = skeleton.hub_name(names()[module])
+        return [layout.locate(Site(name, "k")), layout.locate(Site(name, "v"))]
+
+    def key_value(module: nn.Module, *observed: torch.Tensor) -> None:
+        for (array, place), values in zip(located(module), observed, strict=True):
+            sink.add(array, place, channels_last(values))
+
+    with observed_attention(model, key_value):
         yield
 
 
@@ -65,19 +87,20 @@ def stores_its_own(layout: Layout, site: Site) -> bool:
 def record_weights(
     skeleton: Skeleton, model: PreTrainedModel, statistics: Accumulators, within: str = ""
 ) -> None:
-    """Set max |W| of every linear, router and expert projection that is loaded. within: as in `observed`."""
+    """Set max |W| of every linear, router and expert projection that is loaded. within: as in
+    `observed_rows`."""
     layout = statistics.layout
     for linear in skeleton.linears:
         if not linear.memory.startswith(within):
             continue
         weight = model.get_submodule(linear.memory).weight
-        statistics.set_weight(*layout.locate(Site(linear.hub, "weight")), largest_magnitude(weight.flatten()))
+        statistics.add_weights(*layout.locate(Site(linear.hub, "weight")), weight.flatten())
     for experts in skeleton.experts:
         if not experts.memory.startswith(within):
             continue
         for leaf, weights in split_projections(experts, model.get_submodule(experts.memory)).items():
             array, place = layout.locate(Site(f"{experts.hub}.0.{leaf}", "weight"))
-            statistics.set_weight(array, place[:-1], largest_magnitude(weights.flatten(1)))
+            statistics.add_weights(array, place[:-1], weights.flatten(1))
 
 
 def split_projections(experts: ExpertsModule, module: nn.Module) -> dict[str, torch.Tensor]:
