@@ -64,7 +64,8 @@ def require_independence(decoder: Decoder, tokens: torch.Tensor, returns: int, t
     Raises:
         LayerwiseUnsupported: they are computed from hidden states.
     """
-    other, equal = capture(decoder, tokens, returns, altered=True), Comparison()
+    other = capture(decoder, tokens, returns, altered=True)
+    equal = Comparison(taken.calls, other.calls)
     for layer, calls in enumerate(zip(taken.calls, other.calls, strict=True)):
         if differing(*calls, equal):
             raise LayerwiseUnsupported(

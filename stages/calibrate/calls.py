@@ -6,8 +6,8 @@ filled in and taken out again.
 """
 
 import json
-from collections.abc import Callable, Mapping, MutableMapping
-from contextlib import nullcontext
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -88,7 +88,7 @@ def differing(
     """Indices of the tensor leaves with other values in `other`.
 
     Args:
-        equal: compares two leaves; `Comparison` where the calls of many layers hold the same tensors.
+        equal: compares two leaves; a `Comparison` where the calls of many layers hold the same tensors.
 
     Raises:
         LayerwiseUnsupported: the calls differ in anything else.
@@ -108,26 +108,38 @@ def differing(
 
 
 class Comparison:
-    """`torch.equal` that looks at each pair of tensors once: layers are handed the same masks and rotary
-    embeddings, and a GPU is waited for at every look.
-
-    Keeps what it was given, so that identities stay unique.
-
-    Args:
-        beside: where to look; by default on the current stream.
+    """`torch.equal` for the leaves of two lists of calls. Layers are handed the same masks and rotary
+    embeddings, and a GPU is waited for at every look: each pair is compared once, and all are looked at
+    together.
     """
 
-    def __init__(self, beside: Beside | None = None) -> None:
-        self._looking = nullcontext if beside is None else beside.run
-        self._known: dict[tuple[int, int], tuple[bool, torch.Tensor, torch.Tensor]] = {}
+    def __init__(self, calls: Iterable[LayerCall], others: Iterable[LayerCall]) -> None:
+        # Kept, so that identities stay unique.
+        self._pairs = {
+            (id(left), id(right)): (left, right)
+            for call, other in zip(calls, others, strict=True)
+            for left, right in zip(call.leaves, other.leaves, strict=False)
+            if isinstance(left, torch.Tensor) and isinstance(right, torch.Tensor)
+        }
+        self._equal = dict(zip(self._pairs, _equal(list(self._pairs.values())), strict=True))
 
     def __call__(self, left: torch.Tensor, right: torch.Tensor) -> bool:
         """Whether both hold the same values."""
-        pair = id(left), id(right)
-        if pair not in self._known:
-            with self._looking():
-                self._known[pair] = left is right or torch.equal(left, right), left, right
-        return self._known[pair][0]
+        return self._equal[id(left), id(right)]
+
+
+def _equal(pairs: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> list[bool]:
+    """Whether the tensors of each pair are the same, with one look per device."""
+    equal = [left is right for left, right in pairs]
+    compared: dict[torch.device, dict[int, torch.Tensor]] = defaultdict(dict)
+    for index, (left, right) in enumerate(pairs):
+        alike = (left.shape, left.dtype, left.device) == (right.shape, right.dtype, right.device)
+        if alike and left is not right:
+            compared[left.device][index] = (left == right).all()
+    for found in compared.values():
+        for index, value in zip(found, torch.stack(list(found.values())).tolist(), strict=True):
+            equal[index] = value
+    return equal
 
 
 class Calls:
@@ -152,19 +164,23 @@ class Calls:
         self._own: dict[int, Buffer] = {}
         self._has_own: set[tuple[int, int]] = set()
 
-    def add(self, batch: int, shape: torch.Size, calls: tuple[LayerCall, ...]) -> None:
-        """Keep what the parent handed to each layer for a batch of tokens of this shape.
+    def add(self, batch: int, shape: torch.Size, calls: tuple[LayerCall, ...]) -> bool:
+        """Keep what the parent handed to each layer for a batch of tokens of this shape. Returns whether an
+        earlier batch was handed the same.
 
         Raises:
             LayerwiseUnsupported: the calls are built otherwise than those of an earlier batch of this shape.
         """
         self._shape_of[batch] = shape
-        kept, equal = self._calls.setdefault(shape, calls), Comparison(self._beside)
+        kept = self._calls.setdefault(shape, calls)
+        with self._beside.run():
+            equal = Comparison(kept, calls)
         for layer, (call, other) in enumerate(zip(kept, calls, strict=True)):
             own = {str(index): other.leaves[index] for index in differing(call, other, equal)}
             if own:
                 self._buffer(layer, len(calls), own).write(batch, own)
                 self._has_own.add((layer, batch))
+        return kept is not calls and not any(number == batch for _, number in self._has_own)
 
     def _buffer(self, layer: int, layers: int, own: State) -> Buffer:
         if layer not in self._own:

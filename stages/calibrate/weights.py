@@ -59,6 +59,7 @@ class Weights:
             if parameter in part_of:
                 self._tensors[part_of[parameter]].append(tensor)
         self._empty: dict[str, torch.Tensor] = {}
+        self._complete: set[Part] = set()
         self._copies = torch.cuda.Stream(device) if device.type == "cuda" else None
 
     def nbytes(self, part: Part) -> int:
@@ -67,7 +68,12 @@ class Weights:
 
     def absent(self, part: Part) -> list[str]:
         """Names of what a part has no values of yet; empty where it is loaded."""
-        return [name for name in self._parameters[part] if _tensor(self._model, name).is_meta]
+        if part in self._complete:
+            return []
+        names = [name for name in self._parameters[part] if _tensor(self._model, name).is_meta]
+        if not names:
+            self._complete.add(part)
+        return names
 
     def read(self, part: Part) -> dict[str, torch.Tensor]:
         """The hub tensors of a part as stored, read from the disk on return; none where it is loaded.
@@ -133,6 +139,7 @@ class Weights:
         for name in self._parameters[part]:
             if name in self._empty:
                 _assign(self._model, name, self._empty.pop(name))
+                self._complete.discard(part)
 
 
 class _Once:

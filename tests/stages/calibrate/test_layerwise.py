@@ -7,8 +7,10 @@ import pytest
 import torch
 from torch import nn
 from transformers import AutoModelForCausalLM
+from transformers.modeling_outputs import BaseModelOutputWithPast
+from transformers.models.llama.modeling_llama import LlamaModel
 
-from stages.calibrate import layerwise
+from stages.calibrate import arguments, layerwise
 from stages.calibrate.decoder import LayerwiseUnsupported
 from stages.calibrate.hidden import Boundary, Limits
 from stages.calibrate.layerwise import LayerwiseForward
@@ -24,10 +26,12 @@ TOKENS = torch.randint(3, 96, (5, 24), dtype=torch.int32, generator=torch.Genera
 BATCH = 2
 
 
-def open_forward(model: Path, run: Path, limits: Limits = MEMORY, **options) -> LayerwiseForward:
+def open_forward(
+    model: Path, run: Path, limits: Limits = MEMORY, batch: int = BATCH, **options
+) -> LayerwiseForward:
     source = Source.open(model)
     skeleton = Skeleton(load_config(model), source.tensors)
-    return LayerwiseForward(skeleton, source, TOKENS, BATCH, torch.device("cpu"), run, limits, **options)
+    return LayerwiseForward(skeleton, source, TOKENS, batch, torch.device("cpu"), run, limits, **options)
 
 
 class Outputs:
@@ -145,21 +149,44 @@ def test_only_one_layer_has_weights_at_a_time(tmp_path):
         assert all(parameter.is_meta for parameter in forward.decoder.model.parameters())
 
 
-def test_arguments_computed_from_hidden_states_are_refused(tmp_path, monkeypatch):
-    """The first batch is looked at once more; nothing is yielded before."""
+def computes_an_argument_from_hidden_states(self, input_ids, **_):
+    hidden = self.embed_tokens(input_ids)
+    cos, sin = self.rotary_emb(hidden, torch.arange(input_ids.shape[1])[None])
+    for layer in self.layers:
+        hidden = layer(hidden, attention_mask=None, position_embeddings=(cos * hidden.mean(), sin))
+    return BaseModelOutputWithPast(last_hidden_state=self.norm(hidden))
+
+
+@pytest.mark.parametrize("batch", [5, 2], ids=["one batch", "three batches"])
+def test_arguments_computed_from_hidden_states_are_refused(batch, tmp_path, monkeypatch):
+    """Nothing is yielded before."""
     model = save_tiny("llama", tmp_path / "model")
-    looked_at = []
+    monkeypatch.setattr(LlamaModel, "forward", computes_an_argument_from_hidden_states)
+    with open_forward(model, tmp_path / "run", batch=batch) as forward:
+        forward.start()
+        with pytest.raises(LayerwiseUnsupported, match=r"computes arguments of .* from hidden states"):
+            next(forward.steps())
 
-    def refuse(decoder, tokens, returns, taken):
-        looked_at.append((tokens.tolist(), taken.hidden.shape))
-        raise LayerwiseUnsupported("computed from hidden states")
 
-    monkeypatch.setattr(layerwise, "require_independence", refuse)
+@pytest.mark.parametrize(("family", "times"), [("llama", 0), ("gemma4", 1)])
+def test_a_second_batch_of_equal_arguments_shows_that_they_are_independent(
+    family, times, tmp_path, monkeypatch
+):
+    """Gemma 4 computes arguments from tokens: the first batch is captured once more."""
+    model = save_tiny(family, tmp_path / "model")
+    altered, looked_at = [], []
+
+    def watched(*args, **options):
+        altered.append(options["altered"])
+        return arguments.capture(*args, **options)
+
+    monkeypatch.setattr(layerwise, "capture", watched)
+    monkeypatch.setattr(layerwise, "require_independence", lambda *args: looked_at.append(args))
     with open_forward(model, tmp_path / "run") as forward:
         forward.start()
-        with pytest.raises(LayerwiseUnsupported, match=r"computed from hidden states.*--schedule whole"):
-            next(forward.steps())
-    assert looked_at == [(TOKENS[:BATCH].tolist(), (BATCH, *TOKENS.shape[1:], 32))]
+        next(forward.steps())
+    assert altered == [True, False]
+    assert len(looked_at) == times
 
 
 def test_tells_of_every_batch(tmp_path):
