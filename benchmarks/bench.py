@@ -22,7 +22,7 @@ from rich.console import Console
 from benchmarks.export import compare_exports
 from benchmarks.forward import compare_forwards
 from benchmarks.layers import measure_layers
-from benchmarks.models import for_export, for_forward, trained_model, unseen_windows
+from benchmarks.models import for_export, for_forward, trained_model
 from benchmarks.quality import measure_quality
 from benchmarks.section import Section
 from benchmarks.solvers import compare_solvers
@@ -65,9 +65,9 @@ def sections(arguments: argparse.Namespace, scratch: Path, device: torch.device)
             yield compare_exports(exported, scratch, device, arguments.exports)
     if "solvers" in arguments.parts:
         yield compare_solvers(subject, device, scratch, arguments.repeat)
-    trained, unseen = trained_model(), unseen_windows()
-    if "quality" in arguments.parts and trained is not None and unseen is not None:
-        yield measure_quality(trained, unseen, scratch)
+    trained = trained_model()
+    if "quality" in arguments.parts and trained is not None:
+        yield from measure_quality(trained, scratch)
     if LARGE in arguments.parts:
         yield measure_layers(subject, scratch)
 

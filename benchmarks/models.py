@@ -3,7 +3,7 @@
 import json
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +20,11 @@ from stages.settings import CalibrateSettings
 
 SHARD_SIZE = 100_000_000
 """Bytes per shard of the random models and of all exports: small enough that streaming shows in memory."""
+
+OVERLAP = 16
+"""Tokens that a window may not share in a row with the calibration text to be measured on."""
+
+MORE_THAN_THE_TEXT = 1_000_000
 
 FORWARD_SIZE = {
     "num_hidden_layers": 8,
@@ -105,10 +110,22 @@ def trained_model() -> Subject | None:
     )
 
 
-def unseen_windows() -> Path | None:
-    """Token windows that share nothing with code-moe's calibration text, from that folder too."""
-    shared = os.environ.get("HOLDFAST_SHARED")
-    return Path(shared) / "data/unseen.json" if shared else None
+def clean_windows(trained: Subject) -> dict[str, NDArray[np.int32]]:
+    """Windows to measure the trained model's loss on, int32 [windows, seq], by where they come from: other
+    files, and the text behind the calibration windows. None shares a run of OVERLAP tokens with those.
+    """
+    unseen = json.loads((trained.data.parent / "unseen.json").read_text(encoding="utf-8"))
+    behind = replace(trained, samples=MORE_THAN_THE_TEXT).tokens()[trained.samples :]
+    calibrated = {run for window in trained.tokens() for run in _runs(window)}
+    return {
+        name: np.stack([window for window in windows if calibrated.isdisjoint(_runs(window))])
+        for name, windows in (("other files", np.array(unseen, np.int32)), ("later text", behind))
+    }
+
+
+def _runs(window: NDArray[np.int32]) -> list[bytes]:
+    """Every run of OVERLAP tokens in a window."""
+    return [window[start : start + OVERLAP].tobytes() for start in range(len(window) - OVERLAP + 1)]
 
 
 def random_moe(

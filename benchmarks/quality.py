@@ -5,10 +5,11 @@ All in float32 arithmetic, so that only what the checkpoints hold differs. With 
 """
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -16,7 +17,7 @@ from torch.overrides import TorchFunctionMode
 from transformers import PreTrainedModel
 
 from benchmarks.dequantize import weight_of
-from benchmarks.models import Subject
+from benchmarks.models import Subject, clean_windows
 from benchmarks.section import Section
 from stages.calibrate.experts import GROUPED
 from stages.calibrate.load import load_model
@@ -33,19 +34,30 @@ RECIPES = {
     "GPTQ": "general/ptq/nvfp4_default-kv_none-gptq",
 }
 CPU = torch.device("cpu")
+TOGETHER = 4  # windows per forward
 SCALES = ("weight_scale", "weight_scale_2", "input_scale", "k_scale", "v_scale")
 
 
-def measure_quality(subject: Subject, unseen: Path, scratch: Path) -> Section:
-    """Loss of every recipe over the unquantized model's, with and without quantized inputs.
-
-    unseen: JSON, a list of windows of token ids.
+def measure_quality(subject: Subject, scratch: Path) -> Iterator[Section]:
+    """Loss of every recipe over the unquantized model's, with and without quantized inputs: on the clean
+    windows of other files, and on all.
     """
-    windows = torch.tensor(json.loads(unseen.read_text(encoding="utf-8")))
+    windows = clean_windows(subject)
+    every = torch.from_numpy(np.concatenate(list(windows.values())).astype(np.int64))
+    base, found = _losses_of_recipes(subject, every, scratch)
+    alone = len(windows["other files"])
+    yield _section(subject, f"{alone} windows of other files", base[:alone], found, slice(alone))
+    yield _section(subject, f"all {len(every)} clean windows", base, found, slice(None))
+
+
+def _losses_of_recipes(
+    subject: Subject, windows: Tensor, scratch: Path
+) -> tuple[Tensor, dict[tuple[str, str], Tensor]]:
+    """Losses of the unquantized model, f64 [windows], and by kind and name of every recipe."""
     run, checkpoint = scratch / "quality-run", scratch / "quality-checkpoint"
     write_dequantized(subject.model, checkpoint)
     base = losses(load_model(checkpoint, CPU, "grouped_mm"), windows)
-    rows, figures = [], {"base": base.mean().item()}
+    found = {}
     for name, recipe in RECIPES.items():
         settings = CalibrateSettings(
             model=str(subject.model),
@@ -62,22 +74,29 @@ def measure_quality(subject: Subject, unseen: Path, scratch: Path) -> Section:
         export(ExportSettings(run=run, out=out, recipe=recipe), Silent())
         input_scales = write_dequantized(out, checkpoint)
         model = load_model(checkpoint, CPU, "grouped_mm")
+        found["W4A16", name] = losses(model, windows)
+        found["W4A4", name] = losses(model, windows, _by_weight(model, input_scales))
+    return base, found
+
+
+def _section(
+    subject: Subject, windows: str, base: Tensor, found: Mapping[tuple[str, str], Tensor], part: slice
+) -> Section:
+    rows, figures = [], {"base": base.mean().item()}
+    for name in RECIPES:
         cells = [name]
-        for kind, found in (
-            ("W4A16", losses(model, windows)),
-            ("W4A4", losses(model, windows, _by_weight(model, input_scales))),
-        ):
-            increase = found - base
+        for kind in ("W4A16", "W4A4"):
+            increase = found[kind, name][part] - base
             figures[f"{kind}/{name}"] = increase.mean().item()
             error = increase.std().item() / len(increase) ** 0.5
             ratio = figures[f"{kind}/{name}"] / figures[f"{kind}/round to nearest"]
             cells += [f"{increase.mean():+.4f} ± {error:.4f}", f"{ratio:.2f}"]
         rows.append(tuple(cells))
     return Section(
-        title=f"6. Loss of {subject.name} in NVFP4 over {figures['base']:.4f} unquantized",
+        title=f"6. Loss of {subject.name} in NVFP4 over {figures['base']:.4f} unquantized, {windows}",
         columns=("weights alone", "of round to nearest", "weights and inputs", "of round to nearest"),
         rows=tuple(rows),
-        notes=(f"{len(windows)} unseen windows of {windows.shape[1]} tokens; ± is one standard error.",),
+        notes=(f"Windows of {subject.seq} tokens that calibration never saw; ± is one standard error.",),
         figures=figures,
     )
 
@@ -110,11 +129,12 @@ def losses(
 ) -> Tensor:
     """Mean loss per token of each window: int64 [windows, seq] → f64 [windows]."""
     found = []
-    for window in windows:
+    for batch in windows.split(TOGETHER):
         with RoundInputs(input_scales or {}):
-            logits = model(input_ids=window[None], use_cache=False).logits[0, :-1]
-        found.append(nn.functional.cross_entropy(logits.double(), window[1:]))
-    return torch.stack(found)
+            logits = model(input_ids=batch, use_cache=False).logits[:, :-1]
+        each = nn.functional.cross_entropy(logits.double().mT, batch[:, 1:], reduction="none")
+        found.append(each.mean(1))
+    return torch.cat(found)
 
 
 class RoundInputs(TorchFunctionMode):
