@@ -127,6 +127,10 @@ class _Extra:
     place: int
 
 
+class _NotReplayable(Exception):
+    """An argument that a replay can't give; says why."""
+
+
 class _StandIns:
     """The recording shared by the stand-ins of one forward.
 
@@ -191,36 +195,38 @@ class _StandIns:
     ) -> LayerCall:
         leaves: list[Any] = []
 
-        def template(value: Any, name: str) -> Any:
-            if value is hidden:
-                return Hidden()
-            if isinstance(value, torch.Tensor) and any(value is earlier for earlier in self.handed[1:]):
-                raise LayerwiseUnsupported(
-                    f"argument {name} of {self.decoder.name(index)} is an earlier layer's output"
-                )
-            match value:
-                case dict():
-                    return {key: template(item, name) for key, item in value.items()}
-                case list() | tuple():
-                    return type(value)(template(item, name) for item in value)
-                case None | torch.Tensor() | bool() | int() | float() | str():
-                    leaves.append(value)
-                    return Leaf(len(leaves) - 1)
-            raise LayerwiseUnsupported(
-                f"argument {name} of {self.decoder.name(index)} can't be replayed: a {type(value).__name__}"
-            )
-
         def argument(value: Any, name: str) -> Any:
             match value:
                 case _Extra(layer, place) if layer == index - 1:
                     return Returned(place)
                 case MutableMapping() if not value and value is self.shared.setdefault(name, value):
                     return Carried(name, type(value))
-            return template(value, name)
+            try:
+                return self._template(value, hidden, leaves)
+            except _NotReplayable as reason:
+                raise LayerwiseUnsupported(
+                    f"argument {name} of {self.decoder.name(index)} {reason}"
+                ) from None
 
         positional = tuple(argument(value, f"{place}") for place, value in enumerate(args))
         named = {name: argument(value, name) for name, value in kwargs.items()}
         return LayerCall((positional, named), tuple(leaves))
+
+    def _template(self, value: Any, hidden: torch.Tensor, leaves: list[Any]) -> Any:
+        """What stands for an argument in a template; its leaves are appended to `leaves`."""
+        if value is hidden:
+            return Hidden()
+        if isinstance(value, torch.Tensor) and any(value is earlier for earlier in self.handed[1:]):
+            raise _NotReplayable("is an earlier layer's output")
+        match value:
+            case dict():
+                return {key: self._template(item, hidden, leaves) for key, item in value.items()}
+            case list() | tuple():
+                return type(value)(self._template(item, hidden, leaves) for item in value)
+            case None | torch.Tensor() | bool() | int() | float() | str():
+                leaves.append(value)
+                return Leaf(len(leaves) - 1)
+        raise _NotReplayable(f"can't be replayed: a {type(value).__name__}")
 
 
 class _StandIn(nn.Module):

@@ -70,16 +70,18 @@ class LayerCall:
 
     def fill(self, replace: Callable[[Any], Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """(args, kwargs), with `replace` called for everything that stands in the template."""
-
-        def filled(value: Any) -> Any:
-            if isinstance(value, dict):
-                return {key: filled(item) for key, item in value.items()}
-            if isinstance(value, list | tuple):
-                return type(value)(filled(item) for item in value)
-            return replace(value)
-
         args, kwargs = self.template
-        return filled(args), filled(kwargs)
+        return _filled(args, replace), _filled(kwargs, replace)
+
+
+# A function of its own: one within `fill` that calls itself would keep what `replace` holds, a hidden state,
+# until the garbage collector comes by.
+def _filled(value: Any, replace: Callable[[Any], Any]) -> Any:
+    if isinstance(value, dict):
+        return {key: _filled(item, replace) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return type(value)(_filled(item, replace) for item in value)
+    return replace(value)
 
 
 def differing(

@@ -1,4 +1,6 @@
+import gc
 import json
+import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -187,6 +189,28 @@ def test_a_second_batch_of_equal_arguments_shows_that_they_are_independent(
         next(forward.steps())
     assert altered == [True, False]
     assert len(looked_at) == times
+
+
+@pytest.mark.parametrize("family", ["qwen3_moe", "gemma4"])
+def test_hidden_states_do_not_wait_for_the_garbage_collector(family, tmp_path):
+    """A reference cycle would keep them until it comes by."""
+    model = save_tiny(family, tmp_path / "model")
+    seen: list[weakref.ref] = []
+
+    @contextmanager
+    def observe(layer: int, module: nn.Module) -> Iterator[None]:
+        handle = module.register_forward_pre_hook(lambda module, args: seen.append(weakref.ref(args[0])))
+        yield
+        handle.remove()
+
+    gc.disable()
+    try:
+        with open_forward(model, tmp_path / "run") as forward:
+            forward.start()
+            for step in forward.steps(observe):
+                assert [state() for state in seen] == [None] * 3 * (step.layer + 1)
+    finally:
+        gc.enable()
 
 
 def test_tells_of_every_batch(tmp_path):
