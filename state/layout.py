@@ -111,7 +111,7 @@ class SiteArray(Frozen):
             raise ValueError(f"{self.pattern}: no such statistic: {sorted(unknown)}")
         return self
 
-    @property
+    @cached_property
     def key(self) -> str:
         """Name of the array below each of its statistics."""
         sizes = "x".join(str(size) for size in (self.experts, self.channels) if size is not None)
