@@ -15,7 +15,7 @@ from state.layout import split_name
 
 Method = Literal["awq_lite", "awq_clip", "awq_full", "gptq", "smoothquant"]
 
-MATHS_VERSION = 2
+MATHS_VERSION = 3
 """Goes up when a change of stages/calibrate/solve changes what a solver finds."""
 
 AWQ_LITE_FIXED = {"alpha_step": 0.1}

@@ -122,9 +122,10 @@ def _search_place(place: Place, readers: list[Group]) -> awq_lite.Solution:
         ties = place.site.columns(members[0].weights.device)
         found = awq_lite.search(members, weight_format, ties=ties)
         return replace(found, scale=found.scale[ties[:, 0]])  # one per free channel
-    found = awq_lite.search_each(members[0], weight_format)
     if _is_stacked(place.name):
-        return found
+        site = with_prior(readers[0].site, readers[0].common_basis)
+        return awq_lite.search_each(replace(members[0], site=site), weight_format)
+    found = awq_lite.search_each(members[0], weight_format)
     return awq_lite.Solution(found.scale[0], found.alpha[0], found.losses[0])
 
 
@@ -184,7 +185,7 @@ def _finish(group: Group, clip: bool, damping: float | None, solution: LayerSolu
     weights = group.weights
     amax = tensor_amax(weights)
     if clip:
-        moment = with_prior(group.site, group.common_basis)
+        moment = with_prior(group.site, group.common_basis).second_moment
         if group.format is FP8:
             amax = awq_clip.search_tensor(group.format, weights, moment).amax
         else:
@@ -192,7 +193,7 @@ def _finish(group: Group, clip: bool, damping: float | None, solution: LayerSolu
             for name, own in group.split(found).items():
                 solution.arrays[f"{name}@amax"] = own if _is_stacked(name) else own[0]
     if damping is not None:
-        moment = with_prior(group.site, group.common_basis)
+        moment = with_prior(group.site, group.common_basis).second_moment
         quantized = gptq.solve(weights, moment, group.format, amax=amax, damping=damping)
         for name, member in _members(group, quantized).items():
             for name_of_field, own in pack(member).items():

@@ -10,8 +10,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-# On code-moe 0 to 1024 differ by less than the noise of the measurement; 11 of its 96 experts see no token.
-PRIOR_TOKENS = 64.0
+# On code-moe (11 of 96 experts see no token) 0 to 1024 differ by less than the noise of the loss. But on
+# text that was not calibrated with, AWQ lite lowers the output error of an expert's down projection by 3.4 %
+# without a prior (mean over the experts), by 6.6 % with one of 64 tokens, by 5.3 % with 1024.
+PRIOR_TOKENS = 64
 # Elements of one tensor that a solver works on at a time; it keeps about eight such f32 tensors alive.
 CHUNK_ELEMENTS = 2**27
 
@@ -61,24 +63,34 @@ def chunks(count: int, elements: int) -> Iterator[slice]:
     return (slice(start, start + size) for start in range(0, count, size))
 
 
-def with_prior(site: Site, common_basis: bool, tokens: float = PRIOR_TOKENS) -> Tensor:
-    """H of each expert with a prior worth `tokens` tokens: what experts with few or none are solved by.
+def with_prior(site: Site, common_basis: bool, tokens: int = PRIOR_TOKENS) -> Site:
+    """Statistics of each expert with a prior worth `tokens` tokens: what experts with few or none are solved
+    by.
 
     An expert with n tokens knows n directions at most; compensating errors along the others would be
-    guesswork. The prior is what a token of this layer looks like on average; its weight fades as n grows.
+    guesswork, and so would scales by a mean of a few tokens. The prior is what a token of this layer looks
+    like on average; its weight fades as n grows.
 
     Args:
         common_basis: True where the experts' inputs are the same kind of vector (the layer's hidden states:
-            gate and up), whose mean second moment is then the prior. False where each expert has channels of
-            its own (down): the prior is then only the mean power, the same for every channel.
-    Returns f32 `[E, K, K]`. With no token in the whole layer, the identity: the plain error of the weights.
+            gate and up), whose mean is then the prior. False where each expert has channels of its own
+            (down): the prior is then only the mean power and magnitude, the same for every channel.
+    With no token in the whole layer H is the identity, for the plain error of the weights, and `tokens` stays
+    0.
     """
     total = site.tokens.sum()
     size = site.second_moment.shape[-1]
     identity = torch.eye(size, dtype=site.second_moment.dtype, device=site.second_moment.device)
     mean = site.second_moment.sum(0) / total.clamp(min=1)
+    magnitude = site.abs_sum.sum(0) / total.clamp(min=1)
     if not common_basis:
         mean = identity * (mean.diagonal().sum() / size)
+        magnitude = magnitude.mean()
     blended = site.second_moment + tokens * mean
     # A site whose inputs were all zero teaches nothing either.
-    return torch.where(blended.diagonal(dim1=1, dim2=2).sum(-1)[:, None, None] > 0, blended, identity)
+    taught = blended.diagonal(dim1=1, dim2=2).sum(-1)[:, None, None] > 0
+    return Site(
+        torch.where(taught, blended, identity),
+        site.abs_sum + tokens * magnitude,
+        site.tokens + tokens * (total > 0),
+    )

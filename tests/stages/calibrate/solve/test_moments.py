@@ -24,17 +24,26 @@ def test_abs_mean_of_an_expert_without_tokens_is_zero():
 
 def test_prior_in_a_common_basis_is_the_layers_mean_token():
     expected = torch.tensor([[[9.0, 3.0], [3.0, 3.0]], [[3.0, 1.0], [1.0, 1.0]]])
-    assert_close(with_prior(site(), tokens=2, common_basis=True), expected, rtol=0, atol=0)
+    found = with_prior(site(), tokens=2, common_basis=True)
+    assert_close(found.second_moment, expected, rtol=0, atol=0)
+    assert found.abs_sum.tolist() == [[6.0, 3.0], [2.0, 1.0]]
+    assert found.tokens.tolist() == [6, 2]
 
 
-def test_prior_without_a_common_basis_is_the_mean_power():
+def test_prior_without_a_common_basis_is_the_mean_power_and_magnitude():
     expected = torch.tensor([[[8.0, 2.0], [2.0, 4.0]], [[2.0, 0.0], [0.0, 2.0]]])
-    assert_close(with_prior(site(), tokens=2, common_basis=False), expected, rtol=0, atol=0)
+    found = with_prior(site(), tokens=2, common_basis=False)
+    assert_close(found.second_moment, expected, rtol=0, atol=0)
+    assert found.abs_sum.tolist() == [[5.5, 3.5], [1.5, 1.5]]
+    assert found.tokens.tolist() == [6, 2]
 
 
 def test_a_layer_without_tokens_falls_back_to_the_weights_own_error():
     empty = Site(torch.zeros(1, 2, 2), torch.zeros(1, 2), torch.zeros(1, dtype=torch.int64))
-    assert with_prior(empty, tokens=64, common_basis=True).tolist() == [[[1.0, 0.0], [0.0, 1.0]]]
+    found = with_prior(empty, tokens=64, common_basis=True)
+    assert found.second_moment.tolist() == [[[1.0, 0.0], [0.0, 1.0]]]
+    assert found.abs_sum.tolist() == [[0.0, 0.0]]
+    assert found.tokens.tolist() == [0]
 
 
 def test_scaled_statistics_are_those_of_scaled_inputs():
