@@ -33,7 +33,7 @@ def map_tensor(source: Source, name: str) -> torch.Tensor:
 def largest_magnitude(values: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
     """max |x| along the last axis, float32, without a copy of the values; in `out` where it is given."""
     if out is None:
-        out = torch.empty(values.shape[:-1], device=values.device)
+        out = torch.empty(values.shape[:-1], dtype=torch.float32, device=values.device)
     if values.is_cuda:  # one kernel instead of six
         torch.linalg.vector_norm(values.detach(), torch.inf, dim=-1, dtype=torch.float32, out=out)
         return out

@@ -47,26 +47,32 @@ def examine(decoder: Decoder, tokens: torch.Tensor) -> tuple[int, Capture]:
             order than stored, or hands them something that can't be replayed.
     """
     reasons = []
-    for returns in range(MOST_RETURNS + 1):
-        try:
-            return returns, capture(decoder, tokens, returns)
-        except LayerwiseUnsupported as reason:
-            reasons.append(reason)
-    raise reasons[0]
+    try:
+        for returns in range(MOST_RETURNS + 1):
+            try:
+                return returns, capture(decoder, tokens, returns)
+            except LayerwiseUnsupported as reason:
+                reasons.append(reason)
+        raise reasons[0]
+    finally:
+        reasons.clear()  # their frames hold hidden states, and this one
 
 
-def require_independence(decoder: Decoder, tokens: torch.Tensor, returns: int, taken: Capture) -> None:
+def require_independence(
+    decoder: Decoder, tokens: torch.Tensor, returns: int, taken: tuple[LayerCall, ...]
+) -> None:
     """Check that the arguments of layers are the same where a layer hands on another hidden state.
 
     Stand-ins hand on the embedding: an argument computed from hidden states would be wrong in a replay, and
-    shows it only under another hidden state. taken, returns: what `examine` found for these tokens.
+    shows it only under another hidden state. taken, returns: calls and number of values that `examine` found
+    for these tokens.
 
     Raises:
         LayerwiseUnsupported: they are computed from hidden states.
     """
-    other = capture(decoder, tokens, returns, altered=True)
-    equal = Comparison(taken.calls, other.calls)
-    for layer, calls in enumerate(zip(taken.calls, other.calls, strict=True)):
+    altered = capture(decoder, tokens, returns, altered=True).calls
+    equal = Comparison(taken, altered)
+    for layer, calls in enumerate(zip(taken, altered, strict=True)):
         if differing(*calls, equal):
             raise LayerwiseUnsupported(
                 f"{decoder.model_name} computes arguments of {decoder.name(layer)} from hidden states"

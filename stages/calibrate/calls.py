@@ -167,8 +167,8 @@ class Calls:
         self._has_own: set[tuple[int, int]] = set()
 
     def add(self, batch: int, shape: torch.Size, calls: tuple[LayerCall, ...]) -> bool:
-        """Keep what the parent handed to each layer for a batch of tokens of this shape. Returns whether an
-        earlier batch was handed the same.
+        """Keep what the parent handed to each layer for a batch of tokens of this shape. Returns whether the
+        first batch of the shape, an earlier one, was handed the same.
 
         Raises:
             LayerwiseUnsupported: the calls are built otherwise than those of an earlier batch of this shape.
@@ -177,12 +177,14 @@ class Calls:
         kept = self._calls.setdefault(shape, calls)
         with self._beside.run():
             equal = Comparison(kept, calls)
+        same = kept is not calls
         for layer, (call, other) in enumerate(zip(kept, calls, strict=True)):
             own = {str(index): other.leaves[index] for index in differing(call, other, equal)}
             if own:
                 self._buffer(layer, len(calls), own).write(batch, own)
                 self._has_own.add((layer, batch))
-        return kept is not calls and not any(number == batch for _, number in self._has_own)
+                same = False
+        return same
 
     def _buffer(self, layer: int, layers: int, own: State) -> Buffer:
         if layer not in self._own:

@@ -130,11 +130,13 @@ class LayerByLayer:
         first = self._new_from = self._first(cursor)
         outside: Future[dict[Site, float]] | None = None
         self.forward.start(self._boundary(first))
+        model, layout = self.skeleton.model, self.statistics.layout
         selected, wanted = Selected(), dict[int, Moments]()
 
         @contextmanager
         def observe(layer: int, _module: nn.Module) -> Iterator[None]:
-            new, prefix = not self.finished and layer >= cursor.layer, f"{self.forward.decoder.name(layer)}."
+            prefix = f"{self.forward.decoder.name(layer)}."
+            new = not self.finished and layer >= cursor.layer
             with (
                 selected.hand_to(*self._sinks(layer, new, wanted)),
                 observed_rows(self.skeleton, model, layout, selected, prefix),
@@ -143,7 +145,6 @@ class LayerByLayer:
             if new:  # behind the batches: a GPU has them to compute meanwhile
                 record_weights(self.skeleton, model, self.statistics, prefix)
 
-        model, layout = self.skeleton.model, self.statistics.layout
         with observed_keys_and_values(self.skeleton, model, layout, selected):
             for step in self.forward.steps(observe, first):
                 last = step.layer + 1 == self.layers
@@ -193,7 +194,7 @@ class LayerByLayer:
                 self.statistics.add(*layout.locate(site), values)
 
     def _outside_weights(self) -> dict[Site, float]:
-        """max |W| of every linear that belongs to no layer, while the layers compute."""
+        """max |W| of every linear that belongs to no layer; runs in the background, while layers compute."""
         return {
             site: largest_magnitude(map_tensor(self.source, name).flatten()).item()
             for site, name in self._outside_tensors.items()

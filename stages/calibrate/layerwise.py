@@ -15,7 +15,7 @@ from torch import nn
 
 from stages.calibrate.arguments import Capture, capture, examine, finish, require_independence
 from stages.calibrate.beside import Beside
-from stages.calibrate.calls import Calls
+from stages.calibrate.calls import Calls, LayerCall
 from stages.calibrate.decoder import find_decoder
 from stages.calibrate.hidden import HIDDEN, Boundary, HiddenStates, Limits, State
 from stages.calibrate.weights import OUTSIDE, Weights, materialise_buffers
@@ -85,7 +85,7 @@ class LayerwiseForward:
         self._head = head
         self._returns = 0
         self._examined: Capture | None = None
-        self._independent = False
+        self._unchecked: tuple[LayerCall, ...] = ()
         self._reader = ThreadPoolExecutor(1, thread_name_prefix="read-weights")
 
     def __enter__(self) -> "LayerwiseForward":
@@ -169,25 +169,27 @@ class LayerwiseForward:
 
     def _enter(self, layer: int, batch: int) -> State:
         """Record what the parent hands to every layer for a batch. Returns the state before `layer`."""
-        if batch == 0 and self._examined is not None:
-            taken = self._examined
-        else:
+        taken, self._examined = self._examined, None
+        if taken is None:
             # The second batch is handed on as another hidden state than it is: arguments that come out as
             # the first batch's are not computed from it, which saves `_check` a capture.
             with self._beside.run():
                 taken = capture(self.decoder, self._batches[batch], self._returns, altered=batch == 1)
         self._beside.join(taken.tensors())
         equal = self._calls.add(batch, self._batches[batch].shape, taken.calls)
-        self._independent |= equal and batch == 1
+        if batch == 0:
+            self._unchecked = taken.calls
+        elif batch == 1 and equal:
+            self._unchecked = ()
         return self._states.read(batch) if layer else {HIDDEN: taken.entering()}
 
     def _check(self) -> None:
         """Check that the recorded arguments hold for every hidden state, unless the second batch showed
         it."""
-        taken, self._examined = self._examined, None
-        if taken is not None and not self._independent:
+        if self._unchecked:
             with self._beside.run():
-                require_independence(self.decoder, self._batches[0], self._returns, taken)
+                require_independence(self.decoder, self._batches[0], self._returns, self._unchecked)
+            self._unchecked = ()
 
     def _finish(self, batch: int, hidden: torch.Tensor, head: Callable[[torch.Tensor], None]) -> None:
         """Hand the head what the parent makes of the last layer's output for a batch."""

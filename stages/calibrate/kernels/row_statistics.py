@@ -81,8 +81,8 @@ def _power_of_2(least: int) -> int:
 
 def _scratch(device: torch.device, values: int, counters: int) -> tuple[Tensor, Tensor, Tensor]:
     """Room for the maxima (int32) and the sums (f64) of parts, and counters of finished parts (int32), which
-    are zeros and which the kernel leaves zeros. The same for all launches of a stream, which run one after
-    another.
+    are zeros and which the kernel leaves zeros. Kept for more launches of these sizes on this stream, which
+    run one after another.
     """
     stream = driver.active.get_current_stream(device.index) if device.type == "cuda" else 0
     return _kept(device, stream, _power_of_2(values), _power_of_2(counters))

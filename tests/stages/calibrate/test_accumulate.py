@@ -27,7 +27,7 @@ def filled() -> Accumulators:
     statistics.add(LINEAR, (1,), torch.tensor([[-3.0, 0.0]]))
     statistics.add_experts(EXPERT, (0,), torch.tensor([[4.0, 0.0], [-5.0, 0.0]]), torch.tensor([2, 2, 2]))
     statistics.add(EXPERT, (0, 2), torch.tensor([[6.0, 7.0]]))
-    statistics.set_weight(WEIGHT, (0,), torch.tensor(0.5))
+    statistics.set_weight(WEIGHT, (0,), 0.5)
     return statistics
 
 

@@ -1,3 +1,5 @@
+import gc
+import weakref
 from types import SimpleNamespace
 
 import pytest
@@ -59,7 +61,7 @@ def hands_on_the_embedding(model, hidden):
 
 def check(decoder: Decoder) -> None:
     returns, taken = examine(decoder, TOKENS)
-    require_independence(decoder, TOKENS, returns, taken)
+    require_independence(decoder, TOKENS, returns, taken.calls)
 
 
 def test_arguments_are_recorded_with_the_hidden_state_left_open():
@@ -98,18 +100,32 @@ def test_finish_gives_the_head_input_for_the_last_layer_output():
     assert torch.equal(found, torch.full((1, 3, 4), 6.0))
 
 
-def test_values_returned_beside_the_hidden_state():
-    def parent(model, hidden):
-        extra = None
-        for layer in model.layers:
-            hidden, extra = layer(hidden, extra)
-        return hidden
+def takes_two_values(model, hidden):
+    extra = None
+    for layer in model.layers:
+        hidden, extra = layer(hidden, extra)
+    return hidden
 
-    decoder = decoder_of(parent)
+
+def test_values_returned_beside_the_hidden_state():
+    decoder = decoder_of(takes_two_values)
     assert examine(decoder, TOKENS)[0] == 2
     first, second, _ = capture(decoder, TOKENS, 2).calls
     assert first.template == ((Hidden(), Leaf(0)), {})
     assert second.template == ((Hidden(), Returned(1)), {})
+
+
+@pytest.mark.parametrize("parent", [plain, takes_two_values])
+def test_what_was_captured_does_not_wait_for_the_garbage_collector(parent):
+    """A reference cycle would keep it, for failed attempts too."""
+    decoder, embedded = decoder_of(parent), []
+    decoder.model.embed.register_forward_hook(lambda *call: embedded.append(weakref.ref(call[-1])))
+    gc.disable()
+    try:
+        check(decoder)
+        assert embedded and all(hidden() is None for hidden in embedded)
+    finally:
+        gc.enable()
 
 
 def test_the_embedding_may_go_to_every_layer():
