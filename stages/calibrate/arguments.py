@@ -101,19 +101,16 @@ def capture(decoder: Decoder, tokens: torch.Tensor, returns: int, altered: bool 
     return Capture(stand_ins.handed[0], tuple(stand_ins.calls))
 
 
-def finish(
-    decoder: Decoder, tokens: torch.Tensor, output: Callable[[], torch.Tensor], returns: int
-) -> torch.Tensor:
-    """What the parent makes of the last layer's output: the output head's input, [batch, seq, hidden].
+def finish(decoder: Decoder, tokens: torch.Tensor, output: Callable[[], torch.Tensor], returns: int) -> None:
+    """The parent's forward around its layers, for hooks to see: its modules get what they get in the whole
+    model's forward, up to the output head's input.
 
     output: called where the last layer would be; what it returns is the parent's own to change.
     """
-    found: list[torch.Tensor] = []
     stand_ins = _StandIns(decoder, returns, recording=False)
     stand_ins.outputs[len(decoder.layers) - 1] = lambda _: output()
-    with stand_ins.installed(), without_logits(decoder.model, found.append), versions_counted():
+    with stand_ins.installed(), without_logits(decoder.model), versions_counted():
         decoder.model(input_ids=tokens, use_cache=False)
-    return found[0]
 
 
 @contextmanager

@@ -1,6 +1,6 @@
 """The output head is not computed: the logits of a batch can take more memory than all its layers."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
@@ -8,13 +8,9 @@ from transformers import PreTrainedModel
 
 
 @contextmanager
-def without_logits(
-    model: PreTrainedModel, observe: Callable[[torch.Tensor], None] | None = None
-) -> Iterator[None]:
+def without_logits(model: PreTrainedModel) -> Iterator[None]:
     """Within the context the output head hands back one column of zeros per token instead of a vocabulary of
     logits.
-
-    observe: called with the head's input, [batch, tokens, hidden], exactly as the model passes it.
     """
     head = model.get_output_embeddings()
     if head is None:
@@ -22,8 +18,6 @@ def without_logits(
         return
 
     def forward(hidden: torch.Tensor) -> torch.Tensor:
-        if observe is not None:
-            observe(hidden)
         return hidden.new_zeros((*hidden.shape[:-1], 1))
 
     head.forward = forward

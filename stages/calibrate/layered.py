@@ -20,12 +20,7 @@ from stages.calibrate.hidden import Boundary, Limits
 from stages.calibrate.layerwise import LayerwiseForward
 from stages.calibrate.layerwise import Step as LayerStep
 from stages.calibrate.moments import Moments
-from stages.calibrate.observe import (
-    observed_keys_and_values,
-    observed_rows,
-    record_weights,
-    stores_its_own,
-)
+from stages.calibrate.observe import observed_keys_and_values, observed_rows, record_weights
 from stages.calibrate.schedule import Step
 from stages.calibrate.sinks import Selected, Sink
 from stages.skeleton import Skeleton
@@ -94,16 +89,15 @@ class LayerByLayer:
             self.folder,
             limits,
             lambda layer, number: tick(self._share(sizes[number], layer)),
-            head=None if finished else self._add_head,
+            outside=None if finished else lambda: self._finishing.hand_to(statistics),
         )
+        self._finishing = Selected()
         self._new_from = 0
         self._stack = ExitStack()
-        layer_of = self.forward.decoder.layer_of
-        self._outside = [linear for linear in skeleton.linears if layer_of(linear.memory) is None]
         self._outside_tensors = {
             Site(linear.hub, "weight"): name
-            for linear in self._outside
-            if (name := self._stored_weight(linear.memory)) is not None
+            for linear in skeleton.linears
+            if self._is_outside(linear.memory) and (name := self._stored_weight(linear.memory)) is not None
         }
 
     def __enter__(self) -> Self:
@@ -139,13 +133,16 @@ class LayerByLayer:
             new = not self.finished and layer >= cursor.layer
             with (
                 selected.hand_to(*self._sinks(layer, new, wanted)),
-                observed_rows(self.skeleton, model, layout, selected, prefix),
+                observed_rows(self.skeleton, model, layout, selected, lambda name: name.startswith(prefix)),
             ):
                 yield
             if new:  # behind the batches: a GPU has them to compute meanwhile
                 record_weights(self.skeleton, model, self.statistics, prefix)
 
-        with observed_keys_and_values(self.skeleton, model, layout, selected):
+        with (
+            observed_keys_and_values(self.skeleton, model, layout, selected),
+            observed_rows(self.skeleton, model, layout, self._finishing, self._is_outside),
+        ):
             for step in self.forward.steps(observe, first):
                 last = step.layer + 1 == self.layers
                 if not self.finished and step.layer == min(first + 1, self.layers - 1):
@@ -184,14 +181,9 @@ class LayerByLayer:
             sinks.append(wanted[layer])
         return sinks
 
-    def _add_head(self, values: torch.Tensor) -> None:
-        """Statistics of the output head's input."""
-        layout = self.statistics.layout
-        head = self.skeleton.model.get_output_embeddings()
-        for linear in self._outside:
-            site = Site(linear.hub, "input")
-            if self.skeleton.model.get_submodule(linear.memory) is head and stores_its_own(layout, site):
-                self.statistics.add(*layout.locate(site), values)
+    def _is_outside(self, memory: str) -> bool:
+        """Whether a module belongs to no layer."""
+        return self.forward.decoder.layer_of(memory) is None
 
     def _outside_weights(self) -> dict[Site, float]:
         """max |W| of every linear that belongs to no layer; runs in the background, while layers compute."""

@@ -24,6 +24,7 @@ from state.source import Source
 
 Observe = Callable[[int, nn.Module], AbstractContextManager[object]]
 Advance = Callable[[int, int], None]
+Outside = Callable[[], AbstractContextManager[object]]
 
 
 @dataclass(frozen=True)
@@ -54,8 +55,9 @@ class LayerwiseForward:
         batch: windows per forward.
         folder: for what doesn't fit `limits`; its files are deleted, save the one that `start` goes on from.
         advance: called with (layer, batch) after each batch, for progress; what it raises ends the forward.
-        head: called with the output head's input of each batch, [windows, seq, hidden], as the last layer
-        runs; on a GPU on the stream beside (`Beside`), which is joined before the layer is yielded.
+        outside: entered around the forward of what surrounds the layers, once per batch as the last layer
+        runs; hooks see there what they see in the whole model's forward. On a GPU it goes on the stream
+        beside (`Beside`), which is joined before the layer is yielded. Without it there is no such forward.
 
     Raises:
         LayerwiseUnsupported: the model can't be run this way (here and in all methods).
@@ -71,7 +73,7 @@ class LayerwiseForward:
         folder: Path,
         limits: Limits,
         advance: Advance = lambda layer, batch: None,
-        head: Callable[[torch.Tensor], None] | None = None,
+        outside: Outside | None = None,
     ) -> None:
         materialise_buffers(skeleton.model, device)
         self.decoder = find_decoder(skeleton.model)
@@ -82,7 +84,7 @@ class LayerwiseForward:
         self._beside = Beside(device)
         self._calls = Calls(folder / "arguments", len(self._batches), device, limits, self._beside)
         self._advance = advance
-        self._head = head
+        self._outside = outside
         self._returns = 0
         self._examined: Capture | None = None
         self._unchecked: tuple[LayerCall, ...] = ()
@@ -118,11 +120,11 @@ class LayerwiseForward:
         entry, last = self._states.layer, len(self.decoder.layers) - 1
         for layer in self._loaded(range(entry, last + 1)):
             module = self.decoder.layers[layer]
-            head = self._head if layer == last else None
-            if head is not None:
+            outside = self._outside if layer == last else None
+            if outside is not None:
                 self._load_outside()
             with observe(layer, module) if layer >= first else nullcontext():
-                self._run(layer, module, layer == entry, head)
+                self._run(layer, module, layer == entry, outside)
             self._beside.join()
             self._weights.free(OUTSIDE)
             if layer >= first:
@@ -152,10 +154,9 @@ class LayerwiseForward:
         return self._reader.submit(self._weights.read, layer) if self._weights.absent(layer) else None
 
     @torch.inference_mode()
-    def _run(
-        self, layer: int, module: nn.Module, entering: bool, head: Callable[[torch.Tensor], None] | None
-    ) -> None:
-        """All batches through a layer. entering: it is the first to run. head: as in `LayerwiseForward`."""
+    def _run(self, layer: int, module: nn.Module, entering: bool, outside: Outside | None) -> None:
+        """All batches through a layer. entering: it is the first to run. outside: as in
+        `LayerwiseForward`."""
         for batch in range(len(self._batches)):
             state = self._enter(layer, batch) if entering else self._states.read(batch)
             state = self._calls.bind(layer, batch, state).run(module, self._returns)
@@ -163,8 +164,8 @@ class LayerwiseForward:
                 self._check()
             if layer + 1 < len(self.decoder.layers):
                 self._states.write(batch, state)
-            if head is not None:
-                self._finish(batch, state[HIDDEN], head)
+            if outside is not None:
+                self._finish(batch, state[HIDDEN], outside)
             self._advance(layer, batch)
 
     def _enter(self, layer: int, batch: int) -> State:
@@ -191,12 +192,12 @@ class LayerwiseForward:
                 require_independence(self.decoder, self._batches[0], self._returns, self._unchecked)
             self._unchecked = ()
 
-    def _finish(self, batch: int, hidden: torch.Tensor, head: Callable[[torch.Tensor], None]) -> None:
-        """Hand the head what the parent makes of the last layer's output for a batch."""
+    def _finish(self, batch: int, hidden: torch.Tensor, outside: Outside) -> None:
+        """The parent's forward of a batch around its layers, `hidden` being the output of the last."""
 
         def output() -> torch.Tensor:
             self._beside.follow([hidden])
             return hidden.clone()
 
-        with self._beside.run():
-            head(finish(self.decoder, self._batches[batch], output, self._returns))
+        with self._beside.run(), outside():
+            finish(self.decoder, self._batches[batch], output, self._returns)

@@ -32,22 +32,25 @@ def observed(skeleton: Skeleton, model: PreTrainedModel, layout: Layout, sink: S
 
 @contextmanager
 def observed_rows(
-    skeleton: Skeleton, model: PreTrainedModel, layout: Layout, sink: Sink, within: str = ""
+    skeleton: Skeleton,
+    model: PreTrainedModel,
+    layout: Layout,
+    sink: Sink,
+    chosen: Callable[[str], bool] = lambda name: True,
 ) -> Iterator[None]:
     """`observed` for the inputs of linears and experts.
 
-    within: prefix of the memory names of the modules to observe, such as `model.layers.3.`; all of them by
-    default.
+    chosen: by memory name, whether to observe a module; all of them by default.
     """
     with ExitStack() as stack:
         for linear in skeleton.linears:
-            if linear.memory.startswith(within) and stores_its_own(layout, Site(linear.hub, "input")):
+            if chosen(linear.memory) and stores_its_own(layout, Site(linear.hub, "input")):
                 array, place = layout.locate(Site(linear.hub, "input"))
                 module = model.get_submodule(linear.memory)
                 hook = module.register_forward_pre_hook(_input_hook(sink, array, place), with_kwargs=True)
                 stack.callback(hook.remove)
         for experts in skeleton.experts:
-            if experts.memory.startswith(within):
+            if chosen(experts.memory):
                 for hook in _watch(experts, model.get_submodule(experts.memory), layout, sink):
                     stack.callback(hook.remove)
         yield
@@ -87,8 +90,10 @@ def stores_its_own(layout: Layout, site: Site) -> bool:
 def record_weights(
     skeleton: Skeleton, model: PreTrainedModel, statistics: Accumulators, within: str = ""
 ) -> None:
-    """Set max |W| of every linear, router and expert projection that is loaded. within: as in
-    `observed_rows`."""
+    """Set max |W| of every linear, router and expert projection that is loaded.
+
+    within: prefix of their memory names, such as `model.layers.3.`; all of them by default.
+    """
     layout = statistics.layout
     for linear in skeleton.linears:
         if not linear.memory.startswith(within):

@@ -94,10 +94,11 @@ def test_layers_are_back_in_place_after_a_capture():
     assert all(left is right for left, right in zip(decoder.layers, layers, strict=True))
 
 
-def test_finish_gives_the_head_input_for_the_last_layer_output():
-    decoder = decoder_of(plain)
-    found = finish(decoder, TOKENS, lambda: torch.full((1, 3, 4), 3.0), 0)
-    assert torch.equal(found, torch.full((1, 3, 4), 6.0))
+def test_finish_gives_the_head_what_it_gets_of_the_last_layers_output():
+    decoder, found = decoder_of(plain), []
+    decoder.model.head.register_forward_pre_hook(lambda head, args: found.append(args[0]))
+    finish(decoder, TOKENS, lambda: torch.full((1, 3, 4), 3.0), 0)
+    assert len(found) == 1 and torch.equal(found[0], torch.full((1, 3, 4), 6.0))
 
 
 def takes_two_values(model, hidden):

@@ -46,6 +46,8 @@ def make_inputs(folder: Path, family: str) -> Path:
     else:
         config = families.tiny_config(family)
         config.vocab_size = support.SIZES["vocab_size"]
+        if hasattr(config, "vocab_size_per_layer_input"):
+            config.vocab_size_per_layer_input = config.vocab_size
         support.make_model(folder / "model", config)
     support.make_text(folder / "text.jsonl")
     return folder
@@ -71,9 +73,11 @@ def solutions(run: Path, layers: int = 2) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize(
-    "family", ["llama", "qwen3_moe", "gemma3", "deepseek_v3", "nemotron_h", "qwen3_next"]
+    "family",
+    ["llama", "qwen3_moe", "gemma3", "gemma3n", "gemma4", "deepseek_v3", "nemotron_h", "qwen3_next"],
 )
 def test_statistics_are_bit_equal_to_the_whole_model_schedule(family: str, tmp_path: Path) -> None:
+    """Gemma 3n and 4 have linears before the layers, and Gemma 3n behind them."""
     inputs = make_inputs(tmp_path, family)
     for schedule in ("whole", "layerwise"):
         calibrate(settings(inputs, tmp_path / schedule, schedule=schedule, recipe="fp8"), Silent())

@@ -29,10 +29,21 @@ BATCH = 2
 
 
 def open_forward(
-    model: Path, run: Path, limits: Limits = MEMORY, batch: int = BATCH, **options
+    model: Path, run: Path, limits: Limits = MEMORY, batch: int = BATCH, head=None, **options
 ) -> LayerwiseForward:
+    """head: called with the output head's inputs."""
     source = Source.open(model)
     skeleton = Skeleton(load_config(model), source.tensors)
+
+    @contextmanager
+    def watched() -> Iterator[None]:
+        module = skeleton.model.get_output_embeddings()
+        handle = module.register_forward_pre_hook(lambda module, args: head(args[0]))
+        yield
+        handle.remove()
+
+    if head is not None:
+        options["outside"] = watched
     return LayerwiseForward(skeleton, source, TOKENS, batch, torch.device("cpu"), run, limits, **options)
 
 
