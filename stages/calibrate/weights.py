@@ -37,6 +37,9 @@ class Weights:
         parameter_of: hub tensor → (parameter it feeds, its place), as in `Skeleton`.
         source: the checkpoint.
         device: where loaded parts live.
+
+    Raises:
+        LayerwiseUnsupported: a weight is in no hub tensor, such as one that layers share.
     """
 
     def __init__(
@@ -54,6 +57,9 @@ class Weights:
         self._dtype = self._model.dtype
         self._parameters = _parts(decoder, self._model.state_dict())
         part_of = {name: part for part, names in self._parameters.items() for name in names}
+        fed = {parameter for parameter, _ in parameter_of.values()}
+        if missing := [name for name in part_of if name not in fed]:
+            raise LayerwiseUnsupported(f"no hub tensor fills {', '.join(missing)}")
         self._tensors: dict[Part, list[str]] = {part: [] for part in self._parameters}
         for tensor, (parameter, _) in parameter_of.items():
             if parameter in part_of:
@@ -107,7 +113,7 @@ class Weights:
         """Give the part its weights from what `read` returned, which is emptied. One that is loaded stays so.
 
         Raises:
-            LayerwiseUnsupported: transformers can't convert them, or a weight is in no hub tensor.
+            LayerwiseUnsupported: transformers can't convert them, or they leave a weight empty.
         """
         if not self.absent(part):
             return
@@ -132,7 +138,7 @@ class Weights:
                 f"transformers can't convert the hub tensors of {', '.join(sorted(faults))}"
             )
         if missing := self.absent(part):
-            raise LayerwiseUnsupported(f"no hub tensor fills {', '.join(missing)}")
+            raise LayerwiseUnsupported(f"the hub tensors leave {', '.join(missing)} empty")
 
     def free(self, part: Part) -> None:
         """Put a part that `load` filled back on the meta device."""
