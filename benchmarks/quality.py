@@ -96,7 +96,10 @@ def _section(
         title=f"6. Loss of {subject.name} in NVFP4 over {figures['base']:.4f} unquantized, {windows}",
         columns=("weights alone", "of round to nearest", "weights and inputs", "of round to nearest"),
         rows=tuple(rows),
-        notes=(f"Windows of {subject.seq} tokens that calibration never saw; ± is one standard error.",),
+        notes=(
+            f"Windows of {subject.seq} tokens that calibration never saw; ± is one standard error, as if",
+            "they were independent of one another.",
+        ),
         figures=figures,
     )
 

@@ -161,7 +161,7 @@ class LayerwiseForward:
             state = self._enter(layer, batch) if entering else self._states.read(batch)
             state = self._calls.bind(layer, batch, state).run(module, self._returns)
             if entering and batch == min(1, len(self._batches) - 1):
-                self._check()
+                self._check()  # behind the batches that it is about: a GPU has them to compute meanwhile
             if layer + 1 < len(self.decoder.layers):
                 self._states.write(batch, state)
             if outside is not None:
@@ -172,8 +172,8 @@ class LayerwiseForward:
         """Record what the parent hands to every layer for a batch. Returns the state before `layer`."""
         taken, self._examined = self._examined, None
         if taken is None:
-            # The second batch is handed on as another hidden state than it is: arguments that come out as
-            # the first batch's are not computed from it, which saves `_check` a capture.
+            # For the second batch layer 0 hands on another hidden state than it was given: arguments that
+            # come out as the first batch's are not computed from it, which saves `_check` a capture.
             with self._beside.run():
                 taken = capture(self.decoder, self._batches[batch], self._returns, altered=batch == 1)
         self._beside.join(taken.tensors())
