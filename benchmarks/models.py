@@ -115,11 +115,14 @@ def clean_windows(trained: Subject) -> dict[str, NDArray[np.int32]]:
     files, and the text behind the calibration windows. None shares a run of OVERLAP tokens with those.
     """
     unseen = json.loads((trained.data.parent / "unseen.json").read_text(encoding="utf-8"))
-    behind = replace(trained, samples=MORE_THAN_THE_TEXT).tokens()[trained.samples :]
-    calibrated = {run for window in trained.tokens() for run in _runs(window)}
+    text = replace(trained, samples=MORE_THAN_THE_TEXT).tokens()
+    calibrated = {run for window in text[: trained.samples] for run in _runs(window)}
     return {
         name: np.stack([window for window in windows if calibrated.isdisjoint(_runs(window))])
-        for name, windows in (("other files", np.array(unseen, np.int32)), ("later text", behind))
+        for name, windows in (
+            ("other files", np.array(unseen, np.int32)),
+            ("later text", text[trained.samples :]),
+        )
     }
 
 

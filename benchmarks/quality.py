@@ -46,7 +46,7 @@ def measure_quality(subject: Subject, scratch: Path) -> Iterator[Section]:
     every = torch.from_numpy(np.concatenate(list(windows.values())).astype(np.int64))
     base, found = _losses_of_recipes(subject, every, scratch)
     alone = len(windows["other files"])
-    yield _section(subject, f"{alone} windows of other files", base[:alone], found, slice(alone))
+    yield _section(subject, f"{alone} windows of other files", base, found, slice(alone))
     yield _section(subject, f"all {len(every)} clean windows", base, found, slice(None))
 
 
@@ -82,11 +82,11 @@ def _losses_of_recipes(
 def _section(
     subject: Subject, windows: str, base: Tensor, found: Mapping[tuple[str, str], Tensor], part: slice
 ) -> Section:
-    rows, figures = [], {"base": base.mean().item()}
+    rows, figures = [], {"base": base[part].mean().item()}
     for name in RECIPES:
         cells = [name]
         for kind in ("W4A16", "W4A4"):
-            increase = found[kind, name][part] - base
+            increase = (found[kind, name] - base)[part]
             figures[f"{kind}/{name}"] = increase.mean().item()
             error = increase.std().item() / len(increase) ** 0.5
             ratio = figures[f"{kind}/{name}"] / figures[f"{kind}/round to nearest"]
