@@ -94,11 +94,7 @@ class LayerByLayer:
         self._finishing = Selected()
         self._new_from = 0
         self._stack = ExitStack()
-        self._outside_tensors = {
-            Site(linear.hub, "weight"): name
-            for linear in skeleton.linears
-            if self._is_outside(linear.memory) and (name := self._stored_weight(linear.memory)) is not None
-        }
+        self._outside_tensors = {} if finished else self._find_outside_tensors()
 
     def __enter__(self) -> Self:
         self._background = self._stack.enter_context(ThreadPoolExecutor(1, thread_name_prefix="outside"))
@@ -130,14 +126,18 @@ class LayerByLayer:
         @contextmanager
         def observe(layer: int, _module: nn.Module) -> Iterator[None]:
             prefix = f"{self.forward.decoder.name(layer)}."
+
+            def own(memory: str) -> bool:
+                return memory.startswith(prefix)
+
             new = not self.finished and layer >= cursor.layer
             with (
                 selected.hand_to(*self._sinks(layer, new, wanted)),
-                observed_rows(self.skeleton, model, layout, selected, lambda name: name.startswith(prefix)),
+                observed_rows(self.skeleton, model, layout, selected, own),
             ):
                 yield
             if new:  # behind the batches: a GPU has them to compute meanwhile
-                record_weights(self.skeleton, model, self.statistics, prefix)
+                record_weights(self.skeleton, model, self.statistics, own)
 
         with (
             observed_keys_and_values(self.skeleton, model, layout, selected),
@@ -192,15 +192,21 @@ class LayerByLayer:
             for site, name in self._outside_tensors.items()
         }
 
-    def _stored_weight(self, memory: str) -> str | None:
-        """The hub tensor of a module's weight; for a tied output head that of the embeddings."""
-        parameters = {parameter: tensor for tensor, (parameter, _) in self.skeleton.parameter_of.items()}
+    def _find_outside_tensors(self) -> dict[Site, str]:
+        """The hub tensor of the weight of every linear that belongs to no layer; for a tied output head that
+        of the embeddings.
+        """
+        tensor_of = {parameter: tensor for tensor, (parameter, _) in self.skeleton.parameter_of.items()}
         model = self.skeleton.model
-        if f"{memory}.weight" in parameters:
-            return parameters[f"{memory}.weight"]
         embeddings = model.get_input_embeddings()
         names = [f"{name}.weight" for name, module in model.named_modules() if module is embeddings]
-        return parameters.get(names[0]) if names else None
+        tied = tensor_of.get(names[0]) if names else None
+        found = {
+            Site(linear.hub, "weight"): tensor_of.get(f"{linear.memory}.weight", tied)
+            for linear in self.skeleton.linears
+            if self._is_outside(linear.memory)
+        }
+        return {site: tensor for site, tensor in found.items() if tensor is not None}
 
     def _keep_boundary(self, step: LayerStep) -> None:
         boundary = step.seal()

@@ -17,6 +17,10 @@ from stages.skeleton import ExpertsModule, Skeleton
 from state.layout import Layout, Site, SiteArray, split_name
 
 
+def _every(_memory: str) -> bool:
+    return True
+
+
 @contextmanager
 def observed(skeleton: Skeleton, model: PreTrainedModel, layout: Layout, sink: Sink) -> Iterator[None]:
     """Within the context every forward of `model` is added to `sink`; its outputs stay bit-equal.
@@ -36,7 +40,7 @@ def observed_rows(
     model: PreTrainedModel,
     layout: Layout,
     sink: Sink,
-    chosen: Callable[[str], bool] = lambda name: True,
+    chosen: Callable[[str], bool] = _every,
 ) -> Iterator[None]:
     """`observed` for the inputs of linears and experts.
 
@@ -88,20 +92,22 @@ def stores_its_own(layout: Layout, site: Site) -> bool:
 
 
 def record_weights(
-    skeleton: Skeleton, model: PreTrainedModel, statistics: Accumulators, within: str = ""
+    skeleton: Skeleton,
+    model: PreTrainedModel,
+    statistics: Accumulators,
+    chosen: Callable[[str], bool] = _every,
 ) -> None:
-    """Set max |W| of every linear, router and expert projection that is loaded.
-
-    within: prefix of their memory names, such as `model.layers.3.`; all of them by default.
+    """Set max |W| of every linear, router and expert projection that is loaded. chosen: as in
+    `observed_rows`.
     """
     layout = statistics.layout
     for linear in skeleton.linears:
-        if not linear.memory.startswith(within):
+        if not chosen(linear.memory):
             continue
         weight = model.get_submodule(linear.memory).weight
         statistics.add_weights(*layout.locate(Site(linear.hub, "weight")), weight.flatten())
     for experts in skeleton.experts:
-        if not experts.memory.startswith(within):
+        if not chosen(experts.memory):
             continue
         for leaf, weights in split_projections(experts, model.get_submodule(experts.memory)).items():
             array, place = layout.locate(Site(f"{experts.hub}.0.{leaf}", "weight"))

@@ -122,11 +122,11 @@ def _search_place(place: Place, readers: list[Group]) -> awq_lite.Solution:
         ties = place.site.columns(members[0].weights.device)
         found = awq_lite.search(members, weight_format, ties=ties)
         return replace(found, scale=found.scale[ties[:, 0]])  # one per free channel
-    if _is_stacked(place.name):
-        site = with_prior(readers[0].site, readers[0].common_basis)
-        return awq_lite.search_each(replace(members[0], site=site), weight_format)
-    found = awq_lite.search_each(members[0], weight_format)
-    return awq_lite.Solution(found.scale[0], found.alpha[0], found.losses[0])
+    member, stacked = members[0], _is_stacked(place.name)
+    if stacked:
+        member = replace(member, site=with_prior(member.site, readers[0].common_basis))
+    found = awq_lite.search_each(member, weight_format)
+    return found if stacked else awq_lite.Solution(found.scale[0], found.alpha[0], found.losses[0])
 
 
 def _snap(place: Place) -> Callable[[Tensor], Tensor]:
