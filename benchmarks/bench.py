@@ -27,7 +27,7 @@ from benchmarks.quality import measure_quality
 from benchmarks.section import Section
 from benchmarks.solvers import compare_solvers
 from benchmarks.stall import measure_stall
-from stages.calibrate.load import pick_device
+from stages.calibrate.forward.whole_model import pick_device
 
 PARTS = ("forward", "stall", "export", "solvers", "quality")
 LARGE = "layers"  # writes a model of 12.6 GB first

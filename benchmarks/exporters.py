@@ -91,7 +91,7 @@ def modelopt(model: Path, out: Path, recipe: str, device: str) -> Prepare:
 
     from benchmarks.modelopt_calibration import quantized
     from benchmarks.models import SHARD_SIZE
-    from stages.calibrate.load import load_model
+    from stages.calibrate.forward.whole_model import load_model
 
     import_models()
 

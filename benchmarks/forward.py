@@ -16,13 +16,13 @@ from benchmarks.modelopt_calibration import quantized
 from benchmarks.models import Subject
 from benchmarks.section import Section
 from benchmarks.timing import Timing, interleaved
-from stages.calibrate.accumulate import Accumulators
-from stages.calibrate.arrays import plan_layout
-from stages.calibrate.load import load_model
-from stages.calibrate.observe import observed
-from stages.calibrate.relations import probe
-from stages.calibrate.whole import forward
-from stages.skeleton import Skeleton, load_config
+from stages.calibrate.forward.whole_model import load_model
+from stages.calibrate.observe.accumulate import Accumulators
+from stages.calibrate.observe.arrays import plan_layout
+from stages.calibrate.observe.attach import observed
+from stages.calibrate.observe.relations import probe
+from stages.calibrate.schedule.whole import forward
+from stages.model.skeleton import Skeleton, load_config
 from state.source import Source
 
 BARE = "bare forward, grouped experts"

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import modelopt.torch.quantization as mtq
 from transformers import PreTrainedModel
 
-from stages.recipes import resolve
+from stages.recipe.recipes import resolve
 
 
 def quantized(

@@ -12,9 +12,9 @@ from numpy.typing import NDArray
 from transformers import AutoModelForCausalLM, Qwen3MoeConfig
 
 from pipeline.demo import collect_documents, make_demo, write_tokenizer
-from stages.calibrate.load import load_tokenizer
+from stages.calibrate.forward.whole_model import load_tokenizer
 from stages.calibrate.run import calibrate
-from stages.calibrate.tokens import token_matrix
+from stages.calibrate.text.tokens import token_matrix
 from stages.progress import Silent
 from stages.settings import CalibrateSettings
 

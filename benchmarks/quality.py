@@ -19,11 +19,11 @@ from transformers import PreTrainedModel
 from benchmarks.dequantize import weight_of
 from benchmarks.models import Subject, clean_windows
 from benchmarks.section import Section
-from stages.calibrate.experts import GROUPED
-from stages.calibrate.load import load_model
+from stages.calibrate.forward.whole_model import load_model
+from stages.calibrate.observe.experts import GROUPED
 from stages.calibrate.run import calibrate
-from stages.calibrate.solve.formats import NVFP4, block_amax, quantize, scales_from_amax
 from stages.export.run import export
+from stages.formats.grids import NVFP4, block_amax, quantize, scales_from_amax
 from stages.progress import Silent
 from stages.settings import CalibrateSettings, ExportSettings
 

@@ -19,22 +19,22 @@ from benchmarks.modelopt_calibration import quantized
 from benchmarks.models import Subject
 from benchmarks.section import Section
 from benchmarks.timing import Timing, seconds, spread
-from stages.calibrate.accumulate import Accumulators
-from stages.calibrate.arrays import plan_layout
-from stages.calibrate.decoder import find_decoder
-from stages.calibrate.hidden import Limits
-from stages.calibrate.layered import LayerByLayer, LayerSolver
-from stages.calibrate.layerwise import LayerwiseForward
-from stages.calibrate.load import load_model
-from stages.calibrate.moments import Moments
-from stages.calibrate.relations import probe
-from stages.calibrate.solver_pass import SolverPass
-from stages.calibrate.weights import OUTSIDE, Weights, materialise_buffers
-from stages.export.fold_sites import fold_map
-from stages.quantizers import plan_quantizers
-from stages.recipes import resolve
-from stages.skeleton import Skeleton, load_config
-from stages.solvers import solver_of
+from stages.calibrate.forward.hidden import Limits
+from stages.calibrate.forward.layer_weights import OUTSIDE, Weights, materialise_buffers
+from stages.calibrate.forward.layers import LayerwiseForward
+from stages.calibrate.forward.whole_model import load_model
+from stages.calibrate.observe.accumulate import Accumulators
+from stages.calibrate.observe.arrays import plan_layout
+from stages.calibrate.observe.relations import probe
+from stages.calibrate.observe.second_moments import Moments
+from stages.calibrate.schedule.layerwise import LayerByLayer, LayerSolver
+from stages.calibrate.schedule.solving import SolverPass
+from stages.fold.sites import fold_map
+from stages.model.decoder import find_decoder
+from stages.model.skeleton import Skeleton, load_config
+from stages.recipe.quantizers import plan_quantizers
+from stages.recipe.recipes import resolve
+from stages.recipe.solvers import solver_of
 from state.head import Cursor
 from state.source import Source
 from state.update import Solution

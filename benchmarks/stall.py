@@ -18,10 +18,10 @@ from transformers import PreTrainedModel
 from benchmarks.models import Subject
 from benchmarks.section import Section
 from benchmarks.timing import seconds, spread, synchronize
-from stages.calibrate.accumulate import Accumulators
-from stages.calibrate.arrays import STATISTICS_OF
-from stages.calibrate.load import load_model
-from stages.calibrate.whole import forward
+from stages.calibrate.forward.whole_model import load_model
+from stages.calibrate.observe.accumulate import Accumulators
+from stages.calibrate.observe.arrays import STATISTICS_OF
+from stages.calibrate.schedule.whole import forward
 from state.background import BackgroundWriter
 from state.head import Cursor
 from state.identity import Environment, Identity, tokens_digest

@@ -2,7 +2,8 @@
 
 from collections.abc import Sequence
 
-from stages.calibrate.summary import FEW_TOKENS, Coverage
+from stages.calibrate.summary import Coverage
+from state.statistics import FEW_TOKENS
 
 NAMED = 3  # examples given of what is listed in full elsewhere
 

@@ -1,0 +1,1 @@
+"""The work: calibrate measures a model, export makes checkpoints of that; below, what both stand on."""

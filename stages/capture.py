@@ -16,15 +16,15 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from stages.calibrate.arrays import quantizer_sites
 from stages.calibrate.identify import environment, identify
-from stages.calibrate.relations import probe, relations
-from stages.model_folder import locate
+from stages.calibrate.observe.arrays import quantizer_sites
+from stages.calibrate.observe.relations import probe, relations
+from stages.model.folder import locate
+from stages.model.skeleton import Skeleton, load_config, refuse_quantized
+from stages.model.weights import largest_magnitude, read_tensor
 from stages.progress import Progress, Silent
-from stages.quantizers import plan_quantizers
-from stages.recipes import resolve
-from stages.skeleton import Skeleton, load_config, refuse_quantized
-from stages.weights import largest_magnitude, read_tensor
+from stages.recipe.quantizers import plan_quantizers
+from stages.recipe.recipes import resolve
 from state.errors import InputError
 from state.layout import Layout, Role, Site, arrange
 from state.record import RunRecord, SourceDescription

@@ -9,6 +9,9 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
+FEW_TOKENS = 16
+"""Under this many tokens the largest |x| of an expert says little about the next prompt."""
+
 
 @dataclass(frozen=True)
 class Statistic:

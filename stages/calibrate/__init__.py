@@ -1,0 +1,1 @@
+"""The calibrate stage: a model and text in, a run out, committed as it goes."""

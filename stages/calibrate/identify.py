@@ -12,9 +12,9 @@ import torch
 from numpy.typing import NDArray
 from transformers import PretrainedConfig
 
-from stages.model_folder import tokenizer_digests
+from stages.model.folder import tokenizer_digests
+from stages.model.skeleton import Skeleton
 from stages.progress import Progress
-from stages.skeleton import Skeleton
 from state.identity import Environment, Identity, flatten, tokens_digest
 from state.source import Source
 from state.statistics import STATISTICS

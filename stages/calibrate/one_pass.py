@@ -6,20 +6,20 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from stages.calibrate.accumulate import Accumulators
-from stages.calibrate.arrays import plan_layout
-from stages.calibrate.choose import Name, solved_layers, unsolved_layers
-from stages.calibrate.hidden import Limits
-from stages.calibrate.layered import LayerByLayer
-from stages.calibrate.load import load_model
-from stages.calibrate.observe import record_weights
+from stages.calibrate.forward.hidden import Limits
+from stages.calibrate.forward.whole_model import load_model
+from stages.calibrate.observe.accumulate import Accumulators
+from stages.calibrate.observe.arrays import plan_layout
+from stages.calibrate.observe.attach import record_weights
+from stages.calibrate.observe.relations import probe
 from stages.calibrate.prepare import Prepared
-from stages.calibrate.relations import probe
-from stages.calibrate.schedule import Schedule, Step
+from stages.calibrate.schedule.choose import Name, solved_layers, unsolved_layers
+from stages.calibrate.schedule.layerwise import LayerByLayer
+from stages.calibrate.schedule.solving import SolverPass
+from stages.calibrate.schedule.steps import Schedule, Step
+from stages.calibrate.schedule.whole import WholeModel
 from stages.calibrate.signals import StopRequest
-from stages.calibrate.solver_pass import SolverPass
-from stages.calibrate.whole import WholeModel
-from stages.export.fold_sites import fold_map
+from stages.fold.sites import fold_map
 from stages.progress import Progress
 from stages.settings import CalibrateSettings
 from state.background import BackgroundWriter

@@ -8,18 +8,18 @@ import torch
 from numpy.typing import NDArray
 from transformers import PretrainedConfig
 
+from stages.calibrate.forward.whole_model import load_tokenizer, pick_device
 from stages.calibrate.identify import environment, identify
-from stages.calibrate.load import load_tokenizer, pick_device
-from stages.calibrate.relations import Probe, probe
-from stages.calibrate.texts import DataUnreachable
-from stages.calibrate.tokens import token_matrix
-from stages.model_folder import locate
+from stages.calibrate.observe.relations import Probe, probe
+from stages.calibrate.text.texts import DataUnreachable
+from stages.calibrate.text.tokens import token_matrix
+from stages.model.folder import locate
+from stages.model.skeleton import Skeleton, load_config, refuse_quantized
 from stages.progress import Progress
-from stages.quantizers import QuantizerPlan, plan_quantizers
-from stages.recipes import resolve
+from stages.recipe.quantizers import QuantizerPlan, plan_quantizers
+from stages.recipe.recipes import resolve
+from stages.recipe.solvers import Solver, solver_of
 from stages.settings import CalibrateSettings
-from stages.skeleton import Skeleton, load_config, refuse_quantized
-from stages.solvers import Solver, solver_of
 from state.errors import IdentityMismatch
 from state.identity import Environment, Identity, require_same
 from state.reader import open_run

@@ -4,10 +4,10 @@ import time
 from contextlib import ExitStack
 from importlib.metadata import version
 
-from stages.calibrate.choose import next_schedule
-from stages.calibrate.layered import FOLDER
 from stages.calibrate.one_pass import Pass, stop_message
 from stages.calibrate.prepare import Prepared, prepare
+from stages.calibrate.schedule.choose import next_schedule
+from stages.calibrate.schedule.layerwise import FOLDER
 from stages.calibrate.signals import stop_on_signal
 from stages.calibrate.summary import Summary, measure_coverage
 from stages.progress import Progress

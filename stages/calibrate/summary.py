@@ -7,8 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from state.layout import Layout
-
-FEW_TOKENS = 16  # under this many tokens the largest |x| of an expert says little about the next prompt
+from state.statistics import FEW_TOKENS
 
 
 @dataclass(frozen=True)

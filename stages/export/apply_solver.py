@@ -9,19 +9,19 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-from stages.calibrate.solve.smoothquant import pre_quant_scale
-from stages.export.fold import FoldMap
-from stages.export.fold_sites import fold_map
 from stages.export.observed import Observed, input_quantizer
 from stages.export.rescale import Rescaling, folded, kept_apart, smoothed
 from stages.export.scales import TENSOR_SCALED
 from stages.export.solved import Solved
 from stages.export.unify import PolicyUse, connected, merge
-from stages.quantizers import QuantizerPlan
+from stages.fold.folds import FoldMap
+from stages.fold.sites import fold_map
+from stages.model.skeleton import Skeleton
+from stages.model.weights import largest_magnitude, read_tensor
+from stages.recipe.quantizers import QuantizerPlan
+from stages.recipe.solvers import Solver
 from stages.settings import Fold
-from stages.skeleton import Skeleton
-from stages.solvers import Solver
-from stages.weights import largest_magnitude, read_tensor
+from stages.solve.smoothquant import pre_quant_scale
 from state.errors import InputError
 from state.reader import Calibration
 from state.source import Source

@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from stages.skeleton import Skeleton
+from stages.model.skeleton import Skeleton
 
 CARRIED = (
     "tokenizer*",

@@ -8,9 +8,9 @@ from torch import Tensor
 
 from stages.export import scales
 from stages.export.observed import Observed, expert_families, input_quantizer, kv_quantizers
-from stages.export.plan import kv_scale_names
-from stages.export.unify import Family, Policies, PolicyUse, unify
-from stages.quantizers import QuantizerPlan
+from stages.export.unify import ExpertFamily, Policies, PolicyUse, unify
+from stages.export.units import kv_scale_names
+from stages.recipe.quantizers import QuantizerPlan
 
 UNIT_SCALE = 1.0
 """The cache scale of recipes that fix it (`*_cast`); written out, since engines warn about a missing one."""
@@ -76,9 +76,9 @@ def decide(
     return Decisions(result, frozenset(weights_only), (*inputs.uses, *weights.uses, *kv.uses))
 
 
-def _families(quantizers: QuantizerPlan) -> list[Family]:
+def _families(quantizers: QuantizerPlan) -> list[ExpertFamily]:
     return [
-        Family(
+        ExpertFamily(
             name, tuple(input_quantizer(module) for module in members), members[0] in quantizers.fused_experts
         )
         for name, members in expert_families(quantizers.inputs).items()

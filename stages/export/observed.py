@@ -6,8 +6,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from stages.quantizers import QuantizerPlan
-from stages.solvers import stacked_name
+from stages.recipe.quantizers import QuantizerPlan
+from stages.recipe.solvers import stacked_name
 from state.errors import InputError
 from state.layout import Role, Site, split_name
 from state.reader import Calibration

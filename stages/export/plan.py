@@ -1,216 +1,167 @@
-"""The export plan: every output tensor, what it is made from, and its shard; complete before the first byte.
+"""All that is decided about an export before the first byte is written."""
 
-Pure: it sees names, dtypes and shapes, never a value.
-"""
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
-import re
-from collections.abc import Container, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
-from fnmatch import fnmatchcase
+import torch
 
-from stages.export.shards import TensorSpec
-from stages.quantizers import QuantizerPlan, WeightFormat
+import state
+from stages.export.apply_solver import Subject, apply_solver
+from stages.export.config import carried_files, config_files, with_pre_quant_scale
+from stages.export.decide import decide
+from stages.export.observed import Observed, observed
+from stages.export.provenance import export_identity, require_same_source
+from stages.export.report import REPORT, ExportReport, describe
+from stages.export.shards import index
+from stages.export.solved import calibrate_command
+from stages.export.tensors import Ingredients
+from stages.export.unify import Policies
+from stages.export.units import Shard, assign_shards, check_engine_rules, check_widths, plan_units
+from stages.model.folder import locate
+from stages.model.skeleton import Skeleton, load_config, refuse_quantized
+from stages.model.weights import TORCH_DTYPES
+from stages.progress import Progress
+from stages.recipe.quantizers import plan_quantizers
+from stages.recipe.recipes import Recipe, resolve
+from stages.recipe.solvers import solver_of
+from stages.settings import ExportSettings
 from state.errors import InputError
-from state.source import TensorEntry
+from state.identity import digest
+from state.reader import Calibration
+from state.source import Source
 
-FLOAT_DTYPES = ("BF16", "F16", "F32")
-
-
-@dataclass(frozen=True)
-class Unit:
-    """Output tensors that are made together and so share a shard.
-
-    source: the hub tensor they are made from, None for KV scales. format: None passes it through unchanged.
-    """
-
-    name: str
-    source: str | None
-    format: WeightFormat | None
-    outputs: tuple[TensorSpec, ...]
-
-    @property
-    def nbytes(self) -> int:
-        return sum(spec.nbytes for spec in self.outputs)
+SAFETENSORS_DTYPES = {dtype: name for name, dtype in TORCH_DTYPES.items()}
 
 
 @dataclass(frozen=True)
-class Shard:
-    """One safetensors file, named before any is written."""
+class ExportPlan:
+    """All that is known before the first byte: shards, what they are made from, small files, the report."""
 
-    file: str
-    units: tuple[Unit, ...]
-
-    @property
-    def specs(self) -> list[TensorSpec]:
-        return [spec for unit in self.units for spec in unit.outputs]
-
-    @property
-    def nbytes(self) -> int:
-        return sum(unit.nbytes for unit in self.units)
+    shards: tuple[Shard, ...]
+    ingredients: Ingredients
+    files: Mapping[str, bytes]
+    identity: Mapping[str, str]
+    report: ExportReport
 
 
-def plan_units(
-    tensors: Mapping[str, TensorEntry],
-    quantizers: QuantizerPlan,
-    weights_only: Iterable[str] = (),
-    pre_quant_scale: Container[str] = (),
-    dtype: str = "BF16",
-) -> list[Unit]:
-    """What becomes of every source tensor, in natural order of names; then the KV scales of each attention.
-
-    Args:
-        tensors: the source, by hub name.
-        weights_only: modules whose input scale a policy leaves out.
-        pre_quant_scale: modules that a vector of this name is stored for, in `dtype`.
-    Raises InputError naming the tensor for a weight that is missing, quantized already, or of a shape its
-    format can't take.
-    """
-    refuse_quantized(tensors)
-    without_input = set(weights_only)
-    owners = {f"{module}.weight": module for module in quantizers.weights}
-    missing = sorted(owners.keys() - tensors.keys())
-    if missing:
-        raise InputError(
-            f"recipe {quantizers.recipe.name!r} quantizes {missing[0]}, which the source checkpoint does not "
-            f"hold under this name ({len(missing)} such); tied weights and experts stored fused are not "
-            "supported yet: choose a recipe that leaves them unquantized"
-        )
-    units = []
-    for name in sorted(tensors, key=natural):
-        entry, module = tensors[name], owners.get(name)
-        if module is None:
-            units.append(Unit(name, name, None, (TensorSpec(name, entry.dtype, entry.shape),)))
-        else:
-            unit = _quantized_unit(module, entry, quantizers.weights[module])
-            extra = []
-            if module in quantizers.inputs and module not in without_input:
-                extra.append(TensorSpec(f"{module}.input_scale", "F32", ()))
-            if module in pre_quant_scale:
-                extra.append(TensorSpec(f"{module}.pre_quant_scale", dtype, entry.shape[1:]))
-            units.append(replace(unit, outputs=(*unit.outputs, *extra)))
-    for attention in sorted(quantizers.kv, key=natural):
-        specs = tuple(TensorSpec(name, "F32", ()) for name in kv_scale_names(attention))
-        units.append(Unit(f"{attention}.kv", None, None, specs))
-    _refuse_duplicates(units)
-    return units
-
-
-def kv_scale_names(attention: str) -> tuple[str, str]:
-    """Where engines look for the cache scales of K and V."""
-    return f"{attention}.k_proj.k_scale", f"{attention}.v_proj.v_scale"
-
-
-def assign_shards(units: Sequence[Unit], shard_size: int) -> list[Shard]:
-    """Fill shards with units in order; one closes when the next would take it past `shard_size` bytes."""
-    filled: list[list[Unit]] = []
-    room = 0
-    for unit in units:
-        if not filled or unit.nbytes > room:
-            filled.append([])
-            room = shard_size
-        filled[-1].append(unit)
-        room -= unit.nbytes
-    if len(filled) == 1:
-        return [Shard("model.safetensors", tuple(filled[0]))]
-    return [
-        Shard(f"model-{number:05d}-of-{len(filled):05d}.safetensors", tuple(members))
-        for number, members in enumerate(filled, start=1)
-    ]
-
-
-def refuse_quantized(tensors: Mapping[str, TensorEntry]) -> None:
-    """Raise InputError when the source holds quantized weights."""
-    for name, entry in tensors.items():
-        scaled = name.endswith((".weight_scale", ".weight_scale_inv", ".weight_packed", "_scales"))
-        if scaled or entry.dtype.startswith(("F8_", "F6_", "F4")):
-            raise InputError(
-                f"the source is already quantized ({name} is {entry.dtype}); give the unquantized model "
-                "as --model"
-            )
-
-
-def check_engine_rules(
-    quantizers: QuantizerPlan, engine_fused: Sequence[Sequence[str]], tensors: Mapping[str, TensorEntry]
-) -> None:
-    """Refuse what serving engines refuse.
-
-    Raises InputError where a group that engines run as one matrix (q/k/v, gate/up) is not quantized in one
-    format as a whole, and where an unquantized lm_head is not on the list of modules to leave alone.
-    """
-    for group in engine_fused:
-        formats = {
-            module: quantizers.weights.get(module) for module in group if f"{module}.weight" in tensors
-        }
-        if len(set(formats.values())) > 1:
-            shown = ", ".join(
-                f"{name} {entry.format if entry else 'unquantized'}" for name, entry in formats.items()
-            )
-            raise InputError(
-                f"recipe {quantizers.recipe.name!r} treats members of one fused group differently ({shown}); "
-                "engines load such a group as one matrix: quantize all of it in one format, or none"
-            )
-    ignored = quantizers.hf_quant_config.get("quantization", {}).get("exclude_modules", [])
-    for name in tensors:
-        module = name.removesuffix(".weight")
-        if module.rpartition(".")[2] != "lm_head" or name == module or module in quantizers.weights:
-            continue
-        if quantizers.weights and not any(fnmatchcase(module, pattern) for pattern in ignored):
-            raise InputError(
-                f"{module} stays unquantized but is not on the recipe's list of excluded modules"
-            )
-
-
-def check_widths(widths: Mapping[str, int], tensors: Mapping[str, TensorEntry]) -> None:
-    """Raise InputError where a module was observed with another number of channels than its weight has."""
-    for module, width in widths.items():
-        columns = tensors[f"{module}.weight"].shape[-1]
-        if width != columns:
-            raise InputError(
-                f"{module}: the run observed {width} input channels, its weight has {columns}; "
-                "the run is of another model"
-            )
-
-
-def natural(name: str) -> list[tuple[int, int, str]]:
-    """Sort key under which layer 2 comes before layer 10."""
-    parts = re.split(r"(\d+)", name)
-    return [(1, int(part), "") if part.isdigit() else (0, 0, part) for part in parts]
-
-
-def _quantized_unit(module: str, entry: TensorEntry, weight: WeightFormat) -> Unit:
-    if entry.dtype not in FLOAT_DTYPES or len(entry.shape) != 2:
-        raise InputError(
-            f"{entry.name} is {entry.dtype}{list(entry.shape)}; only matrices in {', '.join(FLOAT_DTYPES)} "
-            "can be quantized"
-        )
-    weight.refuse_partial_blocks(entry.name, entry.shape)
-    rows, columns = entry.shape
-    specs = tuple(
-        TensorSpec(f"{module}.{leaf}", dtype, shape)
-        for leaf, dtype, shape in _stored_tensors(weight, rows, columns)
+def plan_export(settings: ExportSettings, progress: Progress) -> ExportPlan:
+    """Decide everything about an export and validate it; writes nothing."""
+    progress.stage("planning the export")
+    run = state.open(settings.run)
+    for note in run.notes:
+        progress.warn(note)
+    _refuse_unfinished(run, settings)
+    model, revision = (
+        settings.model or run.record.source.model,
+        None if settings.model else run.record.source.revision,
     )
-    return Unit(entry.name, entry.name, weight, specs)
+    folder = locate(model, revision, progress)
+    source = Source.open(folder)
+    config = load_config(folder, settings.trust_remote_code)
+    refuse_quantized(config, folder)
+    require_same_source(folder, source, config, run.record)
+    skeleton = Skeleton(config, source.tensors, settings.trust_remote_code)
+    recipe = resolve(settings.recipe or str(run.record.settings["recipe"]))
+    quantizers = plan_quantizers(skeleton, recipe)
+    solver = solver_of(quantizers)
+    check_engine_rules(quantizers, run.layout.groups("engine_fused"), source.tensors)
+    dtype = _dtype(skeleton, source)
+    found = observed(run, quantizers)
+    _check_widths(found, source)
+    applied = apply_solver(solver, Subject(run, source, skeleton, quantizers, dtype), found, settings.fold)
+    policies = Policies(settings.unseen, settings.conflict, settings.dead, settings.expert_input_scale)
+    decisions = decide(
+        applied.found,
+        quantizers,
+        run.layout.groups("same_input"),
+        run.layout.groups("engine_fused"),
+        policies,
+    )
+    written = applied.rescaling.written
+    units = plan_units(source.tensors, quantizers, decisions.weights_only, written, SAFETENSORS_DTYPES[dtype])
+    shards = assign_shards(units, settings.shard_size)
+    hf_quant_config = quantizers.hf_quant_config
+    if applied.solved is not None:
+        hf_quant_config = with_pre_quant_scale(hf_quant_config, bool(applied.rescaling.separate))
+    small = _small_files(folder, skeleton, hf_quant_config, dtype, shards)
+    source_bytes = sum(entry.nbytes for entry in source.tensors.values())
+    report = describe(
+        _public_name(recipe),
+        shards,
+        len(quantizers.kv),
+        source_bytes,
+        (*decisions.uses, *applied.policies),
+        not run.head.finished,
+        None if solver is None else solver.id,
+        applied.kept_at_one,
+    )
+    small[REPORT] = report.encode()
+    carried = {name: digest(data) for name, data in small.items() if name != REPORT}
+    identity = export_identity(run, recipe, policies, solver, settings.fold, shards, str(dtype), carried)
+    ingredients = Ingredients(
+        source,
+        run.record.identity.tensors,
+        found.weights,
+        decisions.scales,
+        applied.rescaling,
+        applied.solved,
+    )
+    return ExportPlan(tuple(shards), ingredients, small, identity, report)
 
 
-def _stored_tensors(weight: WeightFormat, rows: int, columns: int) -> list[tuple[str, str, tuple[int, ...]]]:
-    """(leaf, safetensors dtype, shape) of all that a format stores for a weight `[rows, columns]`."""
-    blocks = columns // weight.block_size if weight.block_size else 1
-    scale_2: tuple[str, str, tuple[int, ...]] = ("weight_scale_2", "F32", ())
-    match weight.format:
-        case "fp8":
-            return [("weight", "F8_E4M3", (rows, columns)), ("weight_scale", "F32", ())]
-        case "int8_sq":
-            return [("weight", "I8", (rows, columns)), ("weight_scale", "F32", (rows,))]
-        case "nvfp4":
-            scale = ("weight_scale", "F8_E4M3", (rows, blocks))
-            return [("weight", "U8", (rows, columns // 2)), scale, scale_2]
-        case "w4a8_awq":
-            return [("weight", "U8", (rows // 2, columns)), ("weight_scale", "F32", (rows, blocks)), scale_2]
-    return [("weight", "U8", (rows // 2, columns)), ("weight_scale", "F32", (rows, blocks))]
+def _check_widths(found: Observed, source: Source) -> None:
+    widths = {
+        name.removesuffix(".input_quantizer"): amax.shape[0]
+        for name, amax in found.inputs.items()
+        if amax.dim() == 1
+    }
+    check_widths(widths, source.tensors)
 
 
-def _refuse_duplicates(units: Sequence[Unit]) -> None:
-    names = [spec.name for unit in units for spec in unit.outputs]
-    if len(set(names)) != len(names):
-        double = next(name for name in names if names.count(name) > 1)
-        raise InputError(f"the source already holds {double}, which this export has to write")
+def _small_files(
+    folder: Path,
+    skeleton: Skeleton,
+    hf_quant_config: dict[str, Any],
+    dtype: torch.dtype,
+    shards: Sequence[Shard],
+) -> dict[str, bytes]:
+    """Every file that is no shard, by name; what the export makes itself wins over what the source holds."""
+    files = {name: (folder / name).read_bytes() for name in carried_files(folder)}
+    files |= config_files(skeleton, hf_quant_config, str(dtype).removeprefix("torch."))
+    if len(shards) > 1:
+        files["model.safetensors.index.json"] = index([(shard.file, shard.specs) for shard in shards])
+    return dict(sorted(files.items()))
+
+
+def _dtype(skeleton: Skeleton, source: Source) -> torch.dtype:
+    """What the model computes in: its configuration's dtype, or else that of the first float tensor."""
+    stated = skeleton.config.dtype
+    if stated is not None:
+        return getattr(torch, stated) if isinstance(stated, str) else stated
+    return next(
+        (TORCH_DTYPES[e.dtype] for e in source.tensors.values() if e.dtype in TORCH_DTYPES), torch.bfloat16
+    )
+
+
+def _public_name(recipe: Recipe) -> str:
+    """The recipe's name; of a file of one's own only the last part, since a checkpoint holds no paths."""
+    return Path(recipe.name).name if Path(recipe.name).is_file() else recipe.name
+
+
+def _refuse_unfinished(run: Calibration, settings: ExportSettings) -> None:
+    if run.head.finished:
+        return
+    cursor, recorded = run.head.cursor, run.record.settings
+    finish = f"finish it with: {calibrate_command(recorded, str(run.path), str(recorded.get('recipe')))}"
+    if cursor.layer:
+        raise InputError(
+            f"{settings.run} is unfinished: it holds the layers before {cursor.layer} and nothing of those "
+            f"behind; {finish}"
+        )
+    if not settings.partial:
+        raise InputError(
+            f"{settings.run} is unfinished: it holds {cursor.batch} batches; {finish}, or export what there "
+            "is with --partial"
+        )

@@ -5,8 +5,8 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-from stages.export.plan import Shard
 from stages.export.unify import PolicyUse
+from stages.export.units import Shard
 
 REPORT = "export_report.json"
 

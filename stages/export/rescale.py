@@ -12,8 +12,8 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-from stages.export.fold import FoldMap, FoldSite, fold_norm
 from stages.export.observed import Observed, input_quantizer, kv_quantizers
+from stages.fold.folds import FoldMap, FoldSite, fold_norm
 from state.errors import InputError
 
 

@@ -4,7 +4,7 @@ from dataclasses import replace
 from time import monotonic
 
 from stages.export.folder import ExportFolder, open_folder
-from stages.export.prepare import ExportPlan, plan_export
+from stages.export.plan import ExportPlan, plan_export
 from stages.export.report import REPORT, ExportReport
 from stages.export.shards import encode
 from stages.export.tensors import TensorMaker

@@ -10,9 +10,9 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from stages.export.pack import raw_bytes
 from stages.export.unify import Unified, connected, floor_dead, merge
-from stages.quantizers import WeightFormat
+from stages.formats.pack import raw_bytes
+from stages.recipe.quantizers import WeightFormat
 from stages.settings import DeadPolicy
 from state.errors import InputError
 

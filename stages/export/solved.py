@@ -11,9 +11,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from stages.export.unify import PolicyUse
-from stages.quantizers import QuantizerPlan
+from stages.recipe.quantizers import QuantizerPlan
+from stages.recipe.solvers import Solver, array_name
 from stages.settings import POSITIONAL, as_options
-from stages.solvers import Solver, array_name
 from state.errors import InputError
 from state.layout import split_name
 from state.objects import solutions

@@ -5,15 +5,15 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from stages.export.identity import refuse_other_tensors
-from stages.export.pack import int4_scale, int8_scale, pack_fp8, pack_int4, pack_int8, pack_nvfp4, raw_bytes
-from stages.export.plan import Shard
+from stages.export.provenance import refuse_other_tensors
 from stages.export.rescale import Rescaling
 from stages.export.scales import stored, stored_vector
 from stages.export.shards import Bytes, TensorSpec
 from stages.export.solved import Solved
-from stages.quantizers import WeightFormat
-from stages.weights import largest_magnitude, read_tensor
+from stages.export.units import Shard
+from stages.formats.pack import int4_scale, int8_scale, pack_fp8, pack_int4, pack_int8, pack_nvfp4, raw_bytes
+from stages.model.weights import largest_magnitude, read_tensor
+from stages.recipe.quantizers import WeightFormat
 from state.errors import InputError
 from state.source import Source
 

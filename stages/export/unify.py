@@ -53,7 +53,7 @@ class PolicyUse:
 
 
 @dataclass(frozen=True)
-class Family:
+class ExpertFamily:
     """One projection's quantizers across the experts of one layer.
 
     fused: the model class stores the experts fused, so that modelopt and engine kernels use one input scale
@@ -77,7 +77,7 @@ def unify(
     observed: Mapping[str, Tensor],
     same_input: Sequence[Sequence[str]] = (),
     engine_fused: Sequence[Sequence[str]] = (),
-    families: Sequence[Family] = (),
+    families: Sequence[ExpertFamily] = (),
     policies: Policies = Policies(),
 ) -> Unified:
     """One scalar amax per quantizer.
@@ -206,7 +206,7 @@ def _disagreement(values: list[Tensor]) -> float:
 
 
 def _families(
-    scalars: Mapping[str, Tensor | None], families: Sequence[Family], policies: Policies
+    scalars: Mapping[str, Tensor | None], families: Sequence[ExpertFamily], policies: Policies
 ) -> tuple[dict[str, Tensor | None], list[PolicyUse]]:
     decided, uses = dict(scalars), []
     for family in families:
@@ -246,7 +246,7 @@ def _families(
     return decided, uses
 
 
-def _refuse_unreached(decided: Mapping[str, Tensor | None], families: Sequence[Family]) -> None:
+def _refuse_unreached(decided: Mapping[str, Tensor | None], families: Sequence[ExpertFamily]) -> None:
     for family in families:
         if any(name in decided and decided[name] is None for name in family.quantizers):
             raise InputError(
@@ -255,7 +255,7 @@ def _refuse_unreached(decided: Mapping[str, Tensor | None], families: Sequence[F
             )
 
 
-def _refuse_unobserved(decided: Mapping[str, Tensor | None], families: Sequence[Family]) -> None:
+def _refuse_unobserved(decided: Mapping[str, Tensor | None], families: Sequence[ExpertFamily]) -> None:
     """Outside expert families nothing may stay without a value."""
     excused = {name for family in families for name in family.quantizers}
     unobserved = tuple(name for name, value in decided.items() if value is None and name not in excused)

@@ -9,8 +9,10 @@ import torch
 from torch import Tensor
 
 import state
-from stages.calibrate.solve import gptq
-from stages.calibrate.solve.formats import (
+from stages.export.unify import connected
+from stages.fold.folds import FoldMap, fold_norm
+from stages.fold.sites import fold_map
+from stages.formats.grids import (
     FORMATS,
     FP8,
     Format,
@@ -22,15 +24,13 @@ from stages.calibrate.solve.formats import (
     scales_from_amax,
     tensor_amax,
 )
-from stages.calibrate.solve.packing import pack
-from stages.export.fold import FoldMap, fold_norm
-from stages.export.fold_sites import fold_map
-from stages.export.unify import connected
-from stages.quantizers import QuantizerPlan, plan_quantizers
-from stages.recipes import Recipe
-from stages.skeleton import Skeleton, load_config
-from stages.solvers import Solver, array_name, solver_of
-from stages.weights import read_tensor
+from stages.model.skeleton import Skeleton, load_config
+from stages.model.weights import read_tensor
+from stages.recipe.quantizers import QuantizerPlan, plan_quantizers
+from stages.recipe.recipes import Recipe
+from stages.recipe.solvers import Solver, array_name, solver_of
+from stages.solve import gptq
+from stages.solve.packing import pack
 from state.layout import split_name
 from state.source import Source
 from state.store import RunWriter

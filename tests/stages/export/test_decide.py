@@ -9,8 +9,8 @@ import torch
 from stages.export.decide import Decisions, decide
 from stages.export.observed import Observed, expert_families
 from stages.export.unify import Policies
-from stages.quantizers import QuantizerPlan, WeightFormat
-from stages.recipes import Recipe
+from stages.recipe.quantizers import QuantizerPlan, WeightFormat
+from stages.recipe.recipes import Recipe
 from stages.settings import UnseenPolicy
 
 NVFP4, FP8 = WeightFormat("nvfp4", 16), WeightFormat("fp8", 0)

@@ -16,10 +16,10 @@ from torch import Tensor, nn
 
 import state
 from benchmarks.dequantize import weight_of
-from stages.calibrate.solve.formats import NVFP4, round_to_nearest
-from stages.export.fold import FoldSite
 from stages.export.run import export
-from stages.recipes import resolve
+from stages.fold.folds import FoldSite
+from stages.formats.grids import NVFP4, round_to_nearest
+from stages.recipe.recipes import resolve
 from stages.settings import ExportSettings
 from state.errors import InputError
 from tests.stages.export import support

@@ -7,14 +7,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from stages.export.fold import FoldMap, FoldSite, Operand
-from stages.export.fold_sites import fold_map
 from stages.export.observed import Observed
 from stages.export.rescale import Rescaling, folded, kept_apart, smoothed
-from stages.skeleton import load_config
+from stages.fold.folds import FoldMap, FoldSite, Operand
+from stages.fold.sites import fold_map
+from stages.model.skeleton import load_config
 from state.errors import InputError
-from tests.stages.export import fold_models
-from tests.stages.export.fold_models import load_model, logits, read_tensors, save_model, write_tensors
+from tests.stages.fold import fold_models
+from tests.stages.fold.fold_models import load_model, logits, read_tensors, save_model, write_tensors
 
 NORM = FoldSite(
     "norm",
@@ -152,7 +152,7 @@ def test_a_model_with_its_formats_off_has_the_same_logits(model_type: str, tmp_p
 
 
 def held(folds: FoldMap, scales: dict[str, Tensor], norms: dict[str, Tensor]) -> dict[str, Tensor]:
-    from stages.export.fold import fold_norm
+    from stages.fold.folds import fold_norm
 
     return {
         name: fold_norm(norms[site.sources[0].tensor], scales[name], site.plus_one)[1]

@@ -8,7 +8,7 @@ import torch
 
 from stages.export import scales
 from stages.export.unify import DEAD_AMAX
-from stages.quantizers import WeightFormat
+from stages.recipe.quantizers import WeightFormat
 from state.errors import InputError
 
 NVFP4, FP8 = WeightFormat("nvfp4", 16), WeightFormat("fp8", 0)

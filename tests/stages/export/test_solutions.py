@@ -11,10 +11,10 @@ from torch import Tensor
 
 import state
 from benchmarks.dequantize import weight_of
-from stages.export.fold import fold_norm
 from stages.export.report import ExportReport
 from stages.export.run import export
-from stages.recipes import Recipe, resolve
+from stages.fold.folds import fold_norm
+from stages.recipe.recipes import Recipe, resolve
 from stages.settings import ExportSettings
 from state.errors import IdentityMismatch, InputError, OutOfSpace
 from tests.stages.export import support

@@ -9,11 +9,11 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from stages.export.plan import Shard, Unit
 from stages.export.rescale import Rescaling
 from stages.export.shards import TensorSpec
 from stages.export.tensors import Ingredients, TensorMaker
-from stages.quantizers import WeightFormat
+from stages.export.units import Shard, Unit
+from stages.recipe.quantizers import WeightFormat
 from state.errors import IdentityMismatch, InputError
 from state.source import Source
 

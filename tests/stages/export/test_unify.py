@@ -11,7 +11,7 @@ from stages.export.unify import (
     AGREEMENT,
     DEAD_AMAX,
     DEAD_BELOW,
-    Family,
+    ExpertFamily,
     Policies,
     PolicyUse,
     connected,
@@ -177,8 +177,8 @@ def mixture(fused: bool, *, gates: list[Tensor], ups: list[Tensor]) -> dict:
         "same_input": list(zip(*names, strict=True)),
         "engine_fused": list(zip(*names, strict=True)),
         "families": [
-            Family("experts.E.gate", tuple(names[0]), fused),
-            Family("experts.E.up", tuple(names[1]), fused),
+            ExpertFamily("experts.E.gate", tuple(names[0]), fused),
+            ExpertFamily("experts.E.up", tuple(names[1]), fused),
         ],
     }
 

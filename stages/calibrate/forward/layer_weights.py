@@ -1,0 +1,206 @@
+"""Weights of a meta-device model, one decoder layer at a time, from the source's safetensors.
+
+The conversion from hub tensors to parameters (fused experts, transposed weights, parameters kept in float32)
+is transformers' own. The functions that do it are semi-private there and called in this module alone; checked
+against transformers 5.14.1.
+"""
+
+import mmap
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+
+import torch
+from safetensors import safe_open
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import convert_and_load_state_dict_in_model
+from transformers.modeling_utils import LoadStateDictConfig
+from transformers.utils import logging as transformers_logging
+
+from stages.model.decoder import Decoder, LayerwiseUnsupported
+from state.source import Source
+
+OUTSIDE = -1
+Part = int
+"""A decoder layer by its number, or OUTSIDE: whatever else a text forward needs."""
+
+
+class Weights:
+    """Loads and frees parts of a model built on the meta device.
+
+    `read` may run in another thread while a part that was loaded before computes; `load` and `free` may not.
+
+    Args:
+        decoder: the layers of the model.
+        parameter_of: hub tensor → (parameter it feeds, its place), as in `Skeleton`.
+        source: the checkpoint.
+        device: where loaded parts live.
+
+    Raises:
+        LayerwiseUnsupported: a weight is in no hub tensor, such as one that layers share.
+    """
+
+    def __init__(
+        self,
+        decoder: Decoder,
+        parameter_of: Mapping[str, tuple[str, int]],
+        source: Source,
+        device: torch.device,
+    ) -> None:
+        self._model: PreTrainedModel = decoder.model
+        self._source = source
+        self._device = device
+        # Each load overwrites the model's own list with the entries that it used.
+        self._mapping = get_model_conversion_mapping(self._model)
+        self._dtype = self._model.dtype
+        self._parameters = _parts(decoder, self._model.state_dict())
+        part_of = {name: part for part, names in self._parameters.items() for name in names}
+        fed = {parameter for parameter, _ in parameter_of.values()}
+        if missing := [name for name in part_of if name not in fed]:
+            raise LayerwiseUnsupported(f"no hub tensor fills {', '.join(missing)}")
+        self._tensors: dict[Part, list[str]] = {part: [] for part in self._parameters}
+        for tensor, (parameter, _) in parameter_of.items():
+            if parameter in part_of:
+                self._tensors[part_of[parameter]].append(tensor)
+        self._empty: dict[str, torch.Tensor] = {}
+        self._complete: set[Part] = set()
+        self._copies = torch.cuda.Stream(device) if device.type == "cuda" else None
+
+    def nbytes(self, part: Part) -> int:
+        """Bytes that the source stores for a part."""
+        return sum(self._source.tensors[name].nbytes for name in self._tensors[part])
+
+    def absent(self, part: Part) -> list[str]:
+        """Names of what a part has no values of yet; empty where it is loaded."""
+        if part in self._complete:
+            return []
+        names = [name for name in self._parameters[part] if _tensor(self._model, name).is_meta]
+        if not names:
+            self._complete.add(part)
+        return names
+
+    def read(self, part: Part) -> dict[str, torch.Tensor]:
+        """The hub tensors of a part as stored, read from the disk on return; none where it is loaded.
+
+        On a GPU they are copies there, complete. In host memory they are private mappings of the checkpoint,
+        so that weights which need no conversion take no memory that can't be reclaimed.
+        """
+        if not self.absent(part):
+            return {}
+        files: dict[str, list[str]] = defaultdict(list)
+        for name in self._tensors[part]:
+            files[self._source.tensors[name].file].append(name)
+        tensors = {}
+        with torch.cuda.stream(self._copies):
+            for file, names in files.items():
+                with safe_open(self._source.folder / file, framework="pt") as handle:
+                    for name in names:
+                        tensors[name] = self._fetch(handle.get_tensor(name))
+        if self._copies is not None:
+            self._copies.synchronize()
+        return tensors
+
+    def _fetch(self, mapped: torch.Tensor) -> torch.Tensor:
+        if self._copies is None:
+            # Touching each page has the disk waited for in this thread and not in the forward.
+            mapped.reshape(-1).view(torch.uint8)[:: mmap.PAGESIZE].sum()
+            return mapped
+        return torch.empty_like(mapped, pin_memory=True).copy_(mapped).to(self._device, non_blocking=True)
+
+    def load(self, part: Part, tensors: dict[str, torch.Tensor]) -> None:
+        """Give the part its weights from what `read` returned, which is emptied. One that is loaded stays so.
+
+        Raises:
+            LayerwiseUnsupported: transformers can't convert them, or they leave a weight empty.
+        """
+        if not self.absent(part):
+            return
+        if self._copies is not None:
+            for tensor in tensors.values():
+                tensor.record_stream(torch.cuda.current_stream(self._device))
+        state = self._model.state_dict(keep_vars=True)
+        self._empty.update({name: state[name] for name in self._parameters[part] if state[name].is_meta})
+        config = LoadStateDictConfig(
+            device_map={"": self._device},
+            dtype=self._dtype,
+            dtype_plan=self._model._get_dtype_plan(self._dtype),
+            weight_mapping=self._mapping,
+        )
+        once = {name: _Once(tensor) for name, tensor in tensors.items()}
+        tensors.clear()
+        with _no_progress_bar():
+            info, _ = convert_and_load_state_dict_in_model(self._model, once, config, tp_plan=None)
+        if info.conversion_errors or info.mismatched_keys:
+            faults = [*info.conversion_errors, *(str(key) for key, *_ in info.mismatched_keys)]
+            raise LayerwiseUnsupported(
+                f"transformers can't convert the hub tensors of {', '.join(sorted(faults))}"
+            )
+        if missing := self.absent(part):
+            raise LayerwiseUnsupported(f"the hub tensors leave {', '.join(missing)} empty")
+
+    def free(self, part: Part) -> None:
+        """Put a part that `load` filled back on the meta device."""
+        for name in self._parameters[part]:
+            if name in self._empty:
+                _assign(self._model, name, self._empty.pop(name))
+                self._complete.discard(part)
+
+
+class _Once:
+    """A tensor that is let go as it is handed over: transformers holds on to its whole input until the end,
+    and with it would hold every expert twice, split and fused."""
+
+    def __init__(self, tensor: torch.Tensor) -> None:
+        self._tensor: torch.Tensor | None = tensor
+
+    def __getitem__(self, index: object) -> torch.Tensor | None:
+        tensor, self._tensor = self._tensor, None
+        return tensor
+
+
+def materialise_buffers(model: PreTrainedModel, device: torch.device) -> None:
+    """Compute a meta-device model's buffers (rotary frequencies, embedding scales) as `from_pretrained` does.
+
+    Buffers that the checkpoint stores stay on meta: they come with their layer. A second call changes
+    nothing.
+    """
+    absent = [(name, buffer) for name, buffer in model.named_non_persistent_buffers() if buffer.is_meta]
+    for name, buffer in absent:
+        _assign(model, name, torch.empty_like(buffer, device=device))
+    if absent:
+        model.initialize_weights()
+
+
+def _tensor(model: nn.Module, name: str) -> torch.Tensor:
+    module, _, leaf = name.rpartition(".")
+    tensor: torch.Tensor = getattr(model.get_submodule(module), leaf)
+    return tensor
+
+
+def _assign(model: nn.Module, name: str, value: torch.Tensor) -> None:
+    module, _, leaf = name.rpartition(".")
+    setattr(model.get_submodule(module), leaf, value)
+
+
+def _parts(decoder: Decoder, names: Iterable[str]) -> dict[Part, list[str]]:
+    """Parameters and stored buffers of each part, by memory name."""
+    unused = tuple(name + "." for name in decoder.unused_by_text())
+    parts: dict[Part, list[str]] = defaultdict(list)
+    for name in names:
+        if not name.startswith(unused):
+            layer = decoder.layer_of(name)
+            parts[OUTSIDE if layer is None else layer].append(name)
+    return parts
+
+
+@contextmanager
+def _no_progress_bar() -> Iterator[None]:
+    shown = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            transformers_logging.enable_progress_bar()

@@ -1,0 +1,176 @@
+"""Brings a solver and a layer together: what it needs to know of the layer's weights, statistics and places
+to fold.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from stages.calibrate.observe.accumulate import Accumulators
+from stages.calibrate.observe.attach import split_projections
+from stages.calibrate.observe.host import to_host
+from stages.calibrate.observe.second_moments import Moments
+from stages.fold.folds import FoldMap, FoldSite
+from stages.formats.grids import FORMATS, INT4, Format
+from stages.model.skeleton import Skeleton
+from stages.recipe.quantizers import QuantizerPlan
+from stages.recipe.solvers import Solver, stacked_name
+from stages.solve.layer import Group, Place, solve_layer
+from stages.solve.moments import SiteStatistics
+from state.layout import Site, SiteArray, split_name
+from state.update import Solution
+
+SOLVER_FORMATS = {"int4_awq": INT4, "w4a8_awq": INT4, "int8_sq": FORMATS["int8"]}
+
+
+class SolverPass:
+    """Solves layer after layer, for `LayerByLayer`.
+
+    Args:
+        solved: layers whose solutions the run holds already.
+        attributes: kept with every solution, such as the environment it was found in.
+    """
+
+    def __init__(
+        self,
+        solver: Solver,
+        quantizers: QuantizerPlan,
+        skeleton: Skeleton,
+        statistics: Accumulators,
+        folds: FoldMap,
+        solved: set[int],
+        attributes: dict[str, Any],
+    ) -> None:
+        self.solver, self.quantizers, self.skeleton = solver, quantizers, skeleton
+        self.statistics, self.folds = statistics, folds
+        self.solved, self.attributes = set(solved), attributes
+        self.modules = _modules_by_layer(quantizers)
+        self.sites = _sites_by_layer(folds)
+
+    def missing(self, layer: int) -> bool:
+        return layer in self.modules and layer not in self.solved
+
+    def moments(self, layer: int) -> Moments:
+        layout = self.statistics.layout
+        # All experts of a layer share an array.
+        modules = (module for module in self.modules[layer] if split_name(module)[2] in (None, 0))
+        keys = {layout.locate(Site(module, "input"))[0].key for module in modules}
+        return Moments(keys, self._device())
+
+    @torch.inference_mode()
+    def solve(self, layer: int, moments: Moments) -> Solution:
+        """The layer's solution; its weights are loaded."""
+        method = self.solver.method
+        found = solve_layer(
+            self._groups(layer, moments),
+            self._places(layer),
+            scales_by_awq=method in ("awq_lite", "awq_full") or self.solver.awq_first,
+            clip=method in ("awq_clip", "awq_full"),
+            damping=self.solver.damping if method == "gptq" else None,
+        )
+        modules = self.modules[layer]
+        kept = {module: reason for module, reason in self.folds.impossible.items() if module in modules}
+        attributes = self.attributes | {"method": method, "policies": found.policies, "kept_at_one": kept}
+        self.solved.add(layer)
+        return Solution(self.solver.id, layer, to_host(found.arrays), attributes)
+
+    def _groups(self, layer: int, moments: Moments) -> dict[str, Group]:
+        """Quantized weights by the site they read, and format: [experts or 1, out, in]."""
+        members: dict[tuple[str, str], dict[str, Tensor]] = {}
+        sites: dict[tuple[str, str], SiteArray] = {}
+        down: set[tuple[str, str]] = set()
+        for name, (module, weights) in self._weights(layer).items():
+            array, _ = self.statistics.layout.locate(Site(module, "input"))
+            key = array.key, self.quantizers.weights[module].format
+            members.setdefault(key, {})[name] = weights
+            sites[key] = array
+            if any(module == f"{experts.hub}.0.{experts.down}" for experts in self.skeleton.experts):
+                down.add(key)
+        return {
+            ".".join(key): Group(
+                stacked, self._site(sites[key], layer, moments), _solver_format(key[1]), key not in down
+            )
+            for key, stacked in members.items()
+        }
+
+    def _weights(self, layer: int) -> dict[str, tuple[str, Tensor]]:
+        """Stacked name → (hub name, of expert 0 for experts; weights [E, out, in])."""
+        model, quantized = self.skeleton.model, self.quantizers.weights
+        found: dict[str, tuple[str, Tensor]] = {}
+        for linear in self.skeleton.linears:
+            if split_name(linear.hub)[1:] == (layer, None) and linear.hub in quantized:
+                found[linear.hub] = linear.hub, model.get_submodule(linear.memory).weight[None]
+        for experts in self.skeleton.experts:
+            if split_name(experts.hub)[1] != layer:
+                continue
+            module = model.get_submodule(experts.memory)
+            for leaf, weights in split_projections(experts, module).items():
+                hub = f"{experts.hub}.0.{leaf}"
+                if hub in quantized:
+                    found[stacked_name(hub)] = hub, weights.mT if module.is_transposed else weights
+        return found | self._linear_experts(layer)
+
+    def _linear_experts(self, layer: int) -> dict[str, tuple[str, Tensor]]:
+        """Experts that are linears of their own, stacked."""
+        parts: dict[str, list[tuple[int, str, Tensor]]] = {}
+        for linear in self.skeleton.linears:
+            _, own_layer, expert = split_name(linear.hub)
+            if own_layer == layer and expert is not None and linear.hub in self.quantizers.weights:
+                weight = self.skeleton.model.get_submodule(linear.memory).weight
+                parts.setdefault(stacked_name(linear.hub), []).append((expert, linear.hub, weight))
+        stacked = {}
+        for name, found in parts.items():
+            found.sort(key=lambda part: part[0])
+            stacked[name] = found[0][1], torch.stack([weight for _, _, weight in found])
+        return stacked
+
+    def _site(self, array: SiteArray, layer: int, moments: Moments) -> SiteStatistics:
+        row = (array.layers.index(layer),) if array.layers else ()
+        total, tokens = self.statistics.total[array.key][row], self.statistics.tokens[array.key][row]
+        if array.experts is None:
+            total, tokens = total[None], tokens[None]
+        return SiteStatistics(moments.of(array), total.float(), tokens)
+
+    def _places(self, layer: int) -> list[Place]:
+        """Where this layer's scales can go, experts taken together."""
+        return [
+            Place(
+                site,
+                name,
+                {stacked_name(part.module): part for part in site.divided if len(part.shape) > 1},
+                tuple(dict.fromkeys(stacked_name(part.module) for part in site.consumers)),
+                self._parameter(site.sources[0].tensor) if site.kind == "norm" else None,
+            )
+            for name, site in self.sites.get(layer, {}).items()
+        ]
+
+    def _parameter(self, tensor: str) -> Tensor:
+        return self.skeleton.model.get_parameter(self.skeleton.parameter_of[tensor][0]).detach()
+
+    def _device(self) -> torch.device:
+        return next(iter(self.statistics.tokens.values())).device
+
+
+def _solver_format(weight_format: str) -> Format:
+    return SOLVER_FORMATS.get(weight_format) or FORMATS[weight_format]
+
+
+def _modules_by_layer(quantizers: QuantizerPlan) -> dict[int, dict[str, None]]:
+    """Quantized modules of each decoder layer, in order."""
+    modules: dict[int, dict[str, None]] = {}
+    for module in quantizers.weights:
+        layer = split_name(module)[1]
+        if layer is not None:
+            modules.setdefault(layer, {})[module] = None
+    return modules
+
+
+def _sites_by_layer(folds: FoldMap) -> dict[int, dict[str, FoldSite]]:
+    """The places to fold of each decoder layer by stacked name, the first expert's standing for all."""
+    sites: dict[int, dict[str, FoldSite]] = {}
+    for site in folds.sites.values():
+        layer = split_name(site.name)[1]
+        if layer is not None:
+            sites.setdefault(layer, {}).setdefault(stacked_name(site.name), site)
+    return sites

@@ -1,0 +1,1 @@
+"""DATA as a person gives it, to the matrix of token windows."""

@@ -1,0 +1,216 @@
+"""The export plan: every output tensor, what it is made from, and its shard; complete before the first byte.
+
+Pure: it sees names, dtypes and shapes, never a value.
+"""
+
+import re
+from collections.abc import Container, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from fnmatch import fnmatchcase
+
+from stages.export.shards import TensorSpec
+from stages.recipe.quantizers import QuantizerPlan, WeightFormat
+from state.errors import InputError
+from state.source import TensorEntry
+
+FLOAT_DTYPES = ("BF16", "F16", "F32")
+
+
+@dataclass(frozen=True)
+class Unit:
+    """Output tensors that are made together and so share a shard.
+
+    source: the hub tensor they are made from, None for KV scales. format: None passes it through unchanged.
+    """
+
+    name: str
+    source: str | None
+    format: WeightFormat | None
+    outputs: tuple[TensorSpec, ...]
+
+    @property
+    def nbytes(self) -> int:
+        return sum(spec.nbytes for spec in self.outputs)
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One safetensors file, named before any is written."""
+
+    file: str
+    units: tuple[Unit, ...]
+
+    @property
+    def specs(self) -> list[TensorSpec]:
+        return [spec for unit in self.units for spec in unit.outputs]
+
+    @property
+    def nbytes(self) -> int:
+        return sum(unit.nbytes for unit in self.units)
+
+
+def plan_units(
+    tensors: Mapping[str, TensorEntry],
+    quantizers: QuantizerPlan,
+    weights_only: Iterable[str] = (),
+    pre_quant_scale: Container[str] = (),
+    dtype: str = "BF16",
+) -> list[Unit]:
+    """What becomes of every source tensor, in natural order of names; then the KV scales of each attention.
+
+    Args:
+        tensors: the source, by hub name.
+        weights_only: modules whose input scale a policy leaves out.
+        pre_quant_scale: modules that a vector of this name is stored for, in `dtype`.
+    Raises InputError naming the tensor for a weight that is missing, quantized already, or of a shape its
+    format can't take.
+    """
+    refuse_quantized_tensors(tensors)
+    without_input = set(weights_only)
+    owners = {f"{module}.weight": module for module in quantizers.weights}
+    missing = sorted(owners.keys() - tensors.keys())
+    if missing:
+        raise InputError(
+            f"recipe {quantizers.recipe.name!r} quantizes {missing[0]}, which the source checkpoint does not "
+            f"hold under this name ({len(missing)} such); tied weights and experts stored fused are not "
+            "supported yet: choose a recipe that leaves them unquantized"
+        )
+    units = []
+    for name in sorted(tensors, key=natural):
+        entry, module = tensors[name], owners.get(name)
+        if module is None:
+            units.append(Unit(name, name, None, (TensorSpec(name, entry.dtype, entry.shape),)))
+        else:
+            unit = _quantized_unit(module, entry, quantizers.weights[module])
+            extra = []
+            if module in quantizers.inputs and module not in without_input:
+                extra.append(TensorSpec(f"{module}.input_scale", "F32", ()))
+            if module in pre_quant_scale:
+                extra.append(TensorSpec(f"{module}.pre_quant_scale", dtype, entry.shape[1:]))
+            units.append(replace(unit, outputs=(*unit.outputs, *extra)))
+    for attention in sorted(quantizers.kv, key=natural):
+        specs = tuple(TensorSpec(name, "F32", ()) for name in kv_scale_names(attention))
+        units.append(Unit(f"{attention}.kv", None, None, specs))
+    _refuse_duplicates(units)
+    return units
+
+
+def kv_scale_names(attention: str) -> tuple[str, str]:
+    """Where engines look for the cache scales of K and V."""
+    return f"{attention}.k_proj.k_scale", f"{attention}.v_proj.v_scale"
+
+
+def assign_shards(units: Sequence[Unit], shard_size: int) -> list[Shard]:
+    """Fill shards with units in order; one closes when the next would take it past `shard_size` bytes."""
+    filled: list[list[Unit]] = []
+    room = 0
+    for unit in units:
+        if not filled or unit.nbytes > room:
+            filled.append([])
+            room = shard_size
+        filled[-1].append(unit)
+        room -= unit.nbytes
+    if len(filled) == 1:
+        return [Shard("model.safetensors", tuple(filled[0]))]
+    return [
+        Shard(f"model-{number:05d}-of-{len(filled):05d}.safetensors", tuple(members))
+        for number, members in enumerate(filled, start=1)
+    ]
+
+
+def refuse_quantized_tensors(tensors: Mapping[str, TensorEntry]) -> None:
+    """Raise InputError when the source holds quantized weights."""
+    for name, entry in tensors.items():
+        scaled = name.endswith((".weight_scale", ".weight_scale_inv", ".weight_packed", "_scales"))
+        if scaled or entry.dtype.startswith(("F8_", "F6_", "F4")):
+            raise InputError(
+                f"the source is already quantized ({name} is {entry.dtype}); give the unquantized model "
+                "as --model"
+            )
+
+
+def check_engine_rules(
+    quantizers: QuantizerPlan, engine_fused: Sequence[Sequence[str]], tensors: Mapping[str, TensorEntry]
+) -> None:
+    """Refuse what serving engines refuse.
+
+    Raises InputError where a group that engines run as one matrix (q/k/v, gate/up) is not quantized in one
+    format as a whole, and where an unquantized lm_head is not on the list of modules to leave alone.
+    """
+    for group in engine_fused:
+        formats = {
+            module: quantizers.weights.get(module) for module in group if f"{module}.weight" in tensors
+        }
+        if len(set(formats.values())) > 1:
+            shown = ", ".join(
+                f"{name} {entry.format if entry else 'unquantized'}" for name, entry in formats.items()
+            )
+            raise InputError(
+                f"recipe {quantizers.recipe.name!r} treats members of one fused group differently ({shown}); "
+                "engines load such a group as one matrix: quantize all of it in one format, or none"
+            )
+    ignored = quantizers.hf_quant_config.get("quantization", {}).get("exclude_modules", [])
+    for name in tensors:
+        module = name.removesuffix(".weight")
+        if module.rpartition(".")[2] != "lm_head" or name == module or module in quantizers.weights:
+            continue
+        if quantizers.weights and not any(fnmatchcase(module, pattern) for pattern in ignored):
+            raise InputError(
+                f"{module} stays unquantized but is not on the recipe's list of excluded modules"
+            )
+
+
+def check_widths(widths: Mapping[str, int], tensors: Mapping[str, TensorEntry]) -> None:
+    """Raise InputError where a module was observed with another number of channels than its weight has."""
+    for module, width in widths.items():
+        columns = tensors[f"{module}.weight"].shape[-1]
+        if width != columns:
+            raise InputError(
+                f"{module}: the run observed {width} input channels, its weight has {columns}; "
+                "the run is of another model"
+            )
+
+
+def natural(name: str) -> list[tuple[int, int, str]]:
+    """Sort key under which layer 2 comes before layer 10."""
+    parts = re.split(r"(\d+)", name)
+    return [(1, int(part), "") if part.isdigit() else (0, 0, part) for part in parts]
+
+
+def _quantized_unit(module: str, entry: TensorEntry, weight: WeightFormat) -> Unit:
+    if entry.dtype not in FLOAT_DTYPES or len(entry.shape) != 2:
+        raise InputError(
+            f"{entry.name} is {entry.dtype}{list(entry.shape)}; only matrices in {', '.join(FLOAT_DTYPES)} "
+            "can be quantized"
+        )
+    weight.refuse_partial_blocks(entry.name, entry.shape)
+    rows, columns = entry.shape
+    specs = tuple(
+        TensorSpec(f"{module}.{leaf}", dtype, shape)
+        for leaf, dtype, shape in _stored_tensors(weight, rows, columns)
+    )
+    return Unit(entry.name, entry.name, weight, specs)
+
+
+def _stored_tensors(weight: WeightFormat, rows: int, columns: int) -> list[tuple[str, str, tuple[int, ...]]]:
+    """(leaf, safetensors dtype, shape) of all that a format stores for a weight `[rows, columns]`."""
+    blocks = columns // weight.block_size if weight.block_size else 1
+    scale_2: tuple[str, str, tuple[int, ...]] = ("weight_scale_2", "F32", ())
+    match weight.format:
+        case "fp8":
+            return [("weight", "F8_E4M3", (rows, columns)), ("weight_scale", "F32", ())]
+        case "int8_sq":
+            return [("weight", "I8", (rows, columns)), ("weight_scale", "F32", (rows,))]
+        case "nvfp4":
+            scale = ("weight_scale", "F8_E4M3", (rows, blocks))
+            return [("weight", "U8", (rows, columns // 2)), scale, scale_2]
+        case "w4a8_awq":
+            return [("weight", "U8", (rows // 2, columns)), ("weight_scale", "F32", (rows, blocks)), scale_2]
+    return [("weight", "U8", (rows // 2, columns)), ("weight_scale", "F32", (rows, blocks))]
+
+
+def _refuse_duplicates(units: Sequence[Unit]) -> None:
+    names = [spec.name for unit in units for spec in unit.outputs]
+    if len(set(names)) != len(names):
+        double = next(name for name in names if names.count(name) > 1)
+        raise InputError(f"the source already holds {double}, which this export has to write")

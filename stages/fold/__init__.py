@@ -1,0 +1,1 @@
+"""Where a solver's scales can go so that engines have nothing to apply, and how they are put there."""

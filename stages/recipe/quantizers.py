@@ -1,0 +1,269 @@
+"""The quantizer plan: which weights, inputs and caches a recipe quantizes, and in which format.
+
+modelopt decides. Its quantizers are placed on a meta-device model (no weights, a fraction of a second), then
+read off into plain data in hub names. This is the only module that reads modelopt's quantizer attributes;
+checked against modelopt 0.47.
+"""
+
+import contextlib
+import io
+import warnings
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from torch import nn
+
+from stages.model.skeleton import ExpertsModule, Skeleton, build_meta_model
+from stages.recipe.recipes import Recipe
+from state.errors import InputError
+
+WEIGHT_FORMATS = ("nvfp4", "fp8", "int4_awq", "w4a8_awq", "int8_sq")
+"""modelopt's names: `int4_awq` is INT4 in groups, with AWQ or without; `int8_sq` INT8 rows and inputs."""
+
+ALGORITHMS = ("max", "awq_lite", "awq_clip", "awq_full", "gptq", "smoothquant")
+KvFormat = Literal["fp8", "fp8_cast"]
+
+
+@dataclass(frozen=True)
+class WeightFormat:
+    """How one weight is stored. block_size: elements along the input axis that share a scale (0: none)."""
+
+    format: str
+    block_size: int
+
+    def refuse_partial_blocks(self, name: str, shape: tuple[int, ...]) -> None:
+        """Raise InputError unless whole blocks and whole bytes hold the weight `name`, [rows, columns]."""
+        rows, columns = shape
+        if self.block_size and columns % self.block_size:
+            raise InputError(
+                f"{name} has {columns} input channels, which {self.format} blocks of {self.block_size} "
+                "do not divide; choose a recipe that leaves this module unquantized"
+            )
+        if self.format in ("int4_awq", "w4a8_awq") and rows % 2:
+            raise InputError(
+                f"{name} has {rows} rows, of which {self.format} packs two into a byte; choose a recipe "
+                "that leaves this module unquantized"
+            )
+
+
+@dataclass(frozen=True)
+class QuantizerPlan:
+    """What a recipe does to a model, in hub names.
+
+    weights: linear or expert projection → its format. inputs: the same modules where the input is quantized
+    too → the name of modelopt's quantizer. constant_inputs: those whose amax the recipe fixes. kv: attention
+    module → KV cache format (`fp8_cast`: the recipe fixes the scale at one). fused_experts: expert
+    projections that share one quantizer per layer. hf_quant_config: what modelopt writes to
+    `hf_quant_config.json`, names mapped to the hub's.
+    """
+
+    recipe: Recipe
+    weights: dict[str, WeightFormat] = field(default_factory=dict)
+    inputs: dict[str, str] = field(default_factory=dict)
+    constant_inputs: dict[str, float] = field(default_factory=dict)
+    kv: dict[str, KvFormat] = field(default_factory=dict)
+    fused_experts: frozenset[str] = frozenset()
+    hf_quant_config: dict[str, Any] = field(default_factory=dict)
+
+
+def plan_quantizers(skeleton: Skeleton, recipe: Recipe) -> QuantizerPlan:
+    """Place the recipe's quantizers on a fresh meta-device model and read the plan off.
+
+    Raises InputError when the recipe needs what this version can't serve: another algorithm than those in
+    ALGORITHMS, another weight format than those in WEIGHT_FORMATS, or quantizers for which no statistic is
+    kept.
+    """
+    from modelopt.torch.export.quant_utils import get_quant_config
+
+    if recipe.algorithm not in ALGORITHMS:
+        raise InputError(
+            f"recipe {recipe.name!r} asks for the algorithm {recipe.algorithm!r}, "
+            f"which is not supported yet; supported: {', '.join(ALGORITHMS)}"
+        )
+    model = build_meta_model(type(skeleton.config).from_dict(skeleton.config.to_dict()))
+    _insert(model, recipe)
+    reader = _PlanReader(skeleton, recipe)
+    for name, module in model.named_modules():
+        reader.read(name, module)
+    reader.refuse_unserved()
+    return QuantizerPlan(
+        recipe=recipe,
+        weights=reader.weights,
+        inputs=reader.inputs,
+        constant_inputs=reader.constants,
+        kv=reader.kv,
+        fused_experts=frozenset(reader.fused),
+        hf_quant_config=_hub_names(get_quant_config(model), skeleton),
+    )
+
+
+def _insert(model: nn.Module, recipe: Recipe) -> None:
+    import modelopt.torch.quantization as mtq
+
+    with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        mtq.quantize(model, recipe.config(), None)
+
+
+class _PlanReader:
+    """Walks a model with modelopt's quantizers in place and collects the plan."""
+
+    def __init__(self, skeleton: Skeleton, recipe: Recipe) -> None:
+        self.skeleton, self.recipe = skeleton, recipe
+        self.linear_names = {linear.memory: linear.hub for linear in skeleton.linears}
+        self.expert_modules = {experts.memory: experts for experts in skeleton.experts}
+        self.weights: dict[str, WeightFormat] = {}
+        self.inputs: dict[str, str] = {}
+        self.constants: dict[str, float] = {}
+        self.kv: dict[str, KvFormat] = {}
+        self.fused: set[str] = set()
+        self.served: set[str] = set()
+        self.enabled: dict[str, Any] = {}
+
+    def read(self, name: str, module: nn.Module) -> None:
+        from modelopt.torch.quantization.nn import TensorQuantizer
+
+        if isinstance(module, TensorQuantizer):
+            if module.is_enabled:
+                self.enabled[name] = module
+        elif name in self.expert_modules:
+            self._read_experts(self.expert_modules[name], module)
+        elif name in self.linear_names:
+            self._read_linear(name, self.linear_names[name], module)
+        elif hasattr(module, "k_bmm_quantizer"):
+            self._read_attention(name, module)
+
+    def _read_linear(self, memory: str, hub: str, module: nn.Module) -> None:
+        weight_quantizer = getattr(module, "weight_quantizer", None)
+        if weight_quantizer is None or not weight_quantizer.is_enabled:
+            return
+        self._weight([hub], f"{memory}.weight_quantizer", module, weight_quantizer)
+        self._input([hub], f"{memory}.input_quantizer", module.input_quantizer)
+
+    def _read_experts(self, experts: ExpertsModule, module: nn.Module) -> None:
+        if experts.fused_on_hub:
+            self._refuse_fused(experts, module)
+            return
+        for parameter, leaves in ((experts.up_parameter, experts.up), ("down_proj", (experts.down,))):
+            hubs = [f"{experts.hub}.{number}.{leaf}" for number in range(experts.count) for leaf in leaves]
+            quantizers = getattr(module, f"{parameter}_weight_quantizers")
+            if not quantizers[0].is_enabled:
+                continue
+            prefix = f"{experts.memory}.{parameter}_weight_quantizers"
+            for number in range(experts.count):
+                self.served.add(f"{prefix}.{number}")
+                self.served.update(f"{prefix}.{number}.{step}" for step in range(2))
+            self._weight(hubs, f"{experts.memory}.{parameter}_weight_quantizers.0", module, quantizers[0])
+            name = f"{parameter}_input_quantizer"
+            self._input(hubs, f"{experts.memory}.{name}", getattr(module, name))
+            self.fused.update(hubs)
+
+    def _refuse_fused(self, experts: ExpertsModule, module: nn.Module) -> None:
+        """Raise InputError where the recipe quantizes experts that the checkpoint stores as one tensor."""
+        from modelopt.torch.quantization.nn import TensorQuantizer
+
+        if any(part.is_enabled for part in module.modules() if isinstance(part, TensorQuantizer)):
+            raise InputError(
+                f"recipe {self.recipe.name!r} quantizes {experts.hub}, whose experts the checkpoint stores "
+                "fused in one tensor; that is not supported yet; supported: experts stored one by one, or a "
+                "recipe that leaves them alone"
+            )
+
+    def _read_attention(self, memory: str, module: nn.Module) -> None:
+        quantizers = {part: getattr(module, f"{part}_bmm_quantizer") for part in ("k", "v")}
+        if not any(quantizer.is_enabled for quantizer in quantizers.values()):
+            return
+        formats = {
+            (q.num_bits, q.axis, bool(q.block_sizes), bool(q._use_constant_amax)) for q in quantizers.values()
+        }
+        if len(formats) != 1 or not all(_per_tensor_fp8(quantizer) for quantizer in quantizers.values()):
+            return
+        hub = self.skeleton.hub_name(memory)
+        self.kv[hub] = "fp8_cast" if quantizers["k"]._use_constant_amax else "fp8"
+        self.served.update(f"{memory}.{part}_bmm_quantizer" for part in quantizers)
+
+    def _weight(self, hubs: list[str], name: str, module: nn.Module, quantizer: Any) -> None:
+        from modelopt.torch.export.quant_utils import get_quantization_format
+
+        steps = _in_sequence(quantizer)
+        try:
+            weight_format = get_quantization_format(module)
+        except NotImplementedError:  # modelopt can fake-quantize it, but has no checkpoint format for it
+            weight_format = f"num_bits={steps[0].num_bits}"
+        if weight_format == "int8_sq" and steps[0].axis != 0:
+            weight_format = f"int8 with axis={steps[0].axis}"
+        if weight_format not in WEIGHT_FORMATS:
+            raise InputError(
+                f"recipe {self.recipe.name!r} quantizes {hubs[0]} to {weight_format!r} ({name}), "
+                f"which is not supported yet; supported: {', '.join(WEIGHT_FORMATS)}"
+            )
+        if all(map(_plain, steps)):
+            self.served.add(name)
+            self.served.update(f"{name}.{number}" for number in range(len(steps)))
+        block = (steps[0].block_sizes or {}).get(-1, 0)
+        self.weights.update(dict.fromkeys(hubs, WeightFormat(weight_format, block)))
+
+    def _input(self, hubs: list[str], name: str, quantizer: Any) -> None:
+        if not quantizer.is_enabled or not _plain(quantizer):
+            return
+        self.served.add(name)
+        self.inputs.update(dict.fromkeys(hubs, name))
+        if quantizer._constant_amax is not None:
+            self.constants.update(dict.fromkeys(hubs, float(quantizer._constant_amax)))
+
+    def refuse_unserved(self) -> None:
+        """Raise InputError naming every enabled quantizer that no kept statistic serves."""
+        unserved = sorted(self.enabled.keys() - self.served)
+        if unserved:
+            shown = ", ".join(unserved[:5]) + (f" and {len(unserved) - 5} more" if len(unserved) > 5 else "")
+            raise InputError(
+                f"recipe {self.recipe.name!r} enables quantizers that no kept statistic serves: {shown}; "
+                "supported: weights and inputs of linears and experts by max, FP8 K and V caches per tensor, "
+                "without bias or rotation"
+            )
+
+
+def _in_sequence(quantizer: Any) -> list[Any]:
+    """The quantizers that follow one another in modelopt's SequentialQuantizer; a plain one alone."""
+    from modelopt.torch.quantization.nn import SequentialQuantizer
+
+    return list(quantizer) if isinstance(quantizer, SequentialQuantizer) else [quantizer]
+
+
+def _plain(quantizer: Any) -> bool:
+    """True for a quantizer calibrated by max alone: no bias, no rotation."""
+    return not quantizer.bias and not quantizer.rotate_is_enabled
+
+
+def _per_tensor_fp8(quantizer: Any) -> bool:
+    return (
+        quantizer.is_enabled
+        and quantizer.num_bits == (4, 3)
+        and quantizer.axis is None
+        and not quantizer.block_sizes
+        and _plain(quantizer)
+    )
+
+
+def _hub_names(config: dict[str, Any], skeleton: Skeleton) -> dict[str, Any]:
+    """Rename the modules of modelopt's exclude list and per-layer table from memory names to hub names.
+
+    A trailing wildcard stays where it is.
+    """
+    quantization = config["quantization"]
+    if "exclude_modules" in quantization:
+        quantization["exclude_modules"] = [
+            _hub_pattern(entry, skeleton) for entry in quantization["exclude_modules"]
+        ]
+    if "quantized_layers" in quantization:
+        quantization["quantized_layers"] = {
+            skeleton.hub_name(name): entry for name, entry in quantization["quantized_layers"].items()
+        }
+    return config
+
+
+def _hub_pattern(entry: str, skeleton: Skeleton) -> str:
+    for wildcard in (".*", "*"):
+        if entry.endswith(wildcard):
+            return skeleton.hub_name(entry.removesuffix(wildcard)) + wildcard
+    return skeleton.hub_name(entry)

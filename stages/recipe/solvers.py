@@ -1,0 +1,129 @@
+"""Which solver a recipe asks for, and the names under which its solutions are stored. Pure data.
+
+A solver searches what `max` takes as it comes: the scale of each input channel, where to clip, how to round.
+Its solutions lie in the run under the solver's id, one group per decoder layer; export applies them.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal, cast, get_args
+
+from stages.recipe.quantizers import QuantizerPlan
+from state.errors import InputError
+from state.identity import digest_json
+from state.layout import split_name
+
+Method = Literal["awq_lite", "awq_clip", "awq_full", "gptq", "smoothquant"]
+
+MATHS_VERSION = 3
+"""Goes up when a change of stages/solve changes what a solver finds."""
+
+AWQ_LITE_FIXED = {"alpha_step": 0.1}
+AWQ_CLIP_FIXED = {"min_clip_ratio": 0.5, "shrink_step": 0.05}
+FIXED: dict[Method, dict[str, float]] = {
+    "awq_lite": AWQ_LITE_FIXED,
+    "awq_clip": AWQ_CLIP_FIXED,
+    "awq_full": AWQ_LITE_FIXED | AWQ_CLIP_FIXED,
+    "gptq": {},
+    "smoothquant": {},
+}
+"""Options of modelopt's that can be given with this value only."""
+
+WITHOUT_EFFECT = ("debug", "layerwise", "max_co_batch_size", "max_tokens_per_batch", "block_size", "fused")
+"""Options that steer how modelopt computes; what is computed here stays the same."""
+
+FORMATS: dict[Method, tuple[str, ...]] = {
+    "awq_lite": ("nvfp4", "fp8", "int4_awq", "w4a8_awq", "int8_sq"),
+    "awq_clip": ("nvfp4", "fp8", "int4_awq", "w4a8_awq", "int8_sq"),
+    "awq_full": ("nvfp4", "fp8", "int4_awq", "w4a8_awq", "int8_sq"),
+    "gptq": ("nvfp4", "fp8", "int4_awq", "int8_sq"),
+    "smoothquant": ("int8_sq",),
+}
+BLOCK_SIZES = {"nvfp4": 16, "int4_awq": 128, "w4a8_awq": 128}
+
+
+@dataclass(frozen=True)
+class Solver:
+    """A solver as a recipe asks for it.
+
+    Attributes:
+        awq_first: GPTQ rounds weights that AWQ lite has scaled.
+        needs_pass: it works from Σ xxᵀ, which a pass over the tokens collects. SmoothQuant does not, and is
+            computed at export.
+        damping: GPTQ's, relative to the mean of H's diagonal.
+        alpha: SmoothQuant's migration strength.
+        id: name of its solutions in a run: equal for equal results.
+    """
+
+    method: Method
+    awq_first: bool
+    needs_pass: bool
+    damping: float
+    alpha: float
+    id: str
+
+
+def solver_of(quantizers: QuantizerPlan) -> Solver | None:
+    """The solver of a plan's recipe; None where `max` is all it asks for.
+
+    Raises InputError for an option, weight format or block size that the solver does not have.
+    """
+    recipe = quantizers.recipe
+    if recipe.algorithm == "max":
+        return None
+    if recipe.algorithm not in get_args(Method):
+        raise InputError(
+            f"recipe {recipe.name!r} asks for the algorithm {recipe.algorithm!r}; "
+            f"supported: max, {', '.join(get_args(Method))}"
+        )
+    method = cast(Method, recipe.algorithm)
+    options = dict(recipe.algorithm_options)
+    damping = float(options.pop("perc_damp", 0.01)) if method == "gptq" else 0.01
+    alpha = float(options.pop("alpha", 1.0)) if method == "smoothquant" else 1.0
+    _check_options(recipe.name, method, FIXED[method] | (AWQ_LITE_FIXED if recipe.awq_first else {}), options)
+    weights = sorted((name, weight.format, weight.block_size) for name, weight in quantizers.weights.items())
+    for name, weight_format, block_size in weights:
+        if weight_format not in FORMATS[method] or block_size != BLOCK_SIZES.get(weight_format, 0):
+            raise InputError(
+                f"recipe {recipe.name!r} quantizes {name} to {weight_format} in blocks of {block_size}, "
+                f"which {method} can't solve; supported: {', '.join(map(_described, FORMATS[method]))}"
+            )
+    identity = {
+        "method": method,
+        "awq_first": recipe.awq_first,
+        "damping": damping,
+        "alpha": alpha,
+        "weights": weights,
+        "maths": MATHS_VERSION,
+    }
+    short = digest_json(identity).rpartition(":")[2][:8]
+    return Solver(method, recipe.awq_first, method != "smoothquant", damping, alpha, f"{method}-{short}")
+
+
+def stacked_name(module: str) -> str:
+    """A hub name with `E` in the place of the expert number: one name for all experts of a layer."""
+    pattern, layer, _ = split_name(module)
+    return ".".join(str(layer) if part == "L" else part for part in pattern.split("."))
+
+
+def array_name(module: str, field: str) -> tuple[str, int | None]:
+    """Where a solution keeps a field of a module: the array's name, and the expert's place on its first axis.
+
+    `model.layers.3.mlp.experts.17.up_proj`, `scale` → (`model.layers.3.mlp.experts.E.up_proj@scale`, 17).
+    """
+    return f"{stacked_name(module)}@{field}", split_name(module)[2]
+
+
+def _check_options(
+    recipe: str, method: Method, fixed: Mapping[str, float], options: Mapping[str, Any]
+) -> None:
+    for name, value in options.items():
+        if name in WITHOUT_EFFECT or (name in fixed and value in (fixed[name], None)):
+            continue
+        allowed = f"only {fixed[name]} is supported" if name in fixed else "it is not supported"
+        raise InputError(f"recipe {recipe!r} gives {method} the option {name}={value!r}; {allowed}")
+
+
+def _described(weight_format: str) -> str:
+    block = BLOCK_SIZES.get(weight_format)
+    return f"{weight_format} in blocks of {block}" if block else weight_format

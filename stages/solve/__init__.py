@@ -1,0 +1,1 @@
+"""Solvers: pure functions from the weights and statistics of one layer to a small solution."""

@@ -1,0 +1,103 @@
+"""AWQ clip: scales for a smaller amax than the weights' own, where that loses less at the output.
+
+Ratios are modelopt 0.47's (`model_calib.awq_clip`), 0.5 to 1 in steps of 0.05. Two grains:
+
+    tensor   one ratio per matrix, judged by tr(ΔW H ΔWᵀ). modelopt's choice for NVFP4, whose global scale it
+             moves.
+    block    one ratio per stored block scale, judged by that block's own contribution, Δ_b H_bb Δ_bᵀ.
+             modelopt's choice for INT4; for NVFP4 it keeps the global scale and moves the e4m3 scale of each
+             block.
+
+For block grain modelopt looks at no more than 64 tokens of each batch; H holds all of them.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from stages.formats.grids import (
+    FP8,
+    NVFP4,
+    Format,
+    block_amax,
+    constants,
+    global_scale,
+    quantize,
+    round_to_nearest,
+    scales_from_amax,
+    tensor_amax,
+)
+from stages.solve.moments import chunks, squared_error, to_judge_by
+
+RATIOS = tuple(round(0.5 + 0.05 * i, 2) for i in range(11))
+
+
+@dataclass(frozen=True)
+class Clipping:
+    """amax: f32 `[E, 1, 1]` or, per block, `[E, N, blocks]`, the clipped amax.
+    losses: f32 `[E]` or `[E, N, blocks]`, the squared output error under it, summed over tokens.
+    """
+
+    amax: Tensor
+    losses: Tensor
+
+
+def search_tensor(format: Format, weights: Tensor, second_moment: Tensor) -> Clipping:
+    """One ratio per matrix, the smallest of equal ones: weights `[E, N, K]`, second_moment `[E, K, K]`."""
+    return in_chunks(tensor_ratios, format, weights, second_moment)
+
+
+def search_block(format: Format, weights: Tensor, second_moment: Tensor) -> Clipping:
+    """One ratio per block scale, the smallest of equal ones; shapes as in `search_tensor`.
+
+    Raises ValueError for fp8, which has no block scales.
+    """
+    if format is FP8:
+        raise ValueError("fp8 has one scale per tensor and no block scale to clip; search_tensor clips it")
+    return in_chunks(block_ratios, format, weights, second_moment)
+
+
+def in_chunks(
+    search: Callable[[Format, Tensor, Tensor], Clipping], format: Format, weights: Tensor, moment: Tensor
+) -> Clipping:
+    experts = chunks(len(weights), weights[0].numel())
+    parts = [search(format, weights[part], moment[part]) for part in experts]
+    return Clipping(torch.cat([part.amax for part in parts]), torch.cat([part.losses for part in parts]))
+
+
+def tensor_ratios(format: Format, weights: Tensor, second_moment: Tensor) -> Clipping:
+    weights = weights.float()
+    own = tensor_amax(weights)
+    differences = (
+        round_to_nearest(format, weights, own * ratio).dequantize().sub_(weights) for ratio in RATIOS
+    )
+    moment = to_judge_by(second_moment)
+    losses = torch.stack([squared_error(difference, moment) for difference in differences])
+    least, best = losses.min(0)
+    return Clipping(own * constants(RATIOS, own.device)[best][:, None, None], least)
+
+
+def block_ratios(format: Format, weights: Tensor, second_moment: Tensor) -> Clipping:
+    size = format.block_size or weights.shape[-1]
+    blocks = weights.shape[-1] // size
+    squares = second_moment.unflatten(1, (blocks, size)).unflatten(3, (blocks, size))
+    within = squares.diagonal(dim1=1, dim2=3).permute(0, 3, 1, 2).contiguous()
+    shared = global_scale(format, weights)
+    if weights.is_cuda and format is NVFP4 and shared is not None:
+        from stages.kernels.nvfp4_clip import clip_blocks
+
+        return Clipping(*clip_blocks(weights, within, shared.flatten(), constants(RATIOS, weights.device)))
+    weights = weights.float()
+    own = block_amax(format, weights)
+    amax, least = own, torch.full_like(own, torch.inf)
+    for ratio in RATIOS:
+        scale = scales_from_amax(format, own * ratio, shared)
+        difference = quantize(format, weights, scale, shared).dequantize().sub_(weights)
+        parts = format.blocks(difference).transpose(1, 2)
+        loss = (torch.matmul(parts, within) * parts).sum(-1).transpose(1, 2)
+        better = loss < least
+        least = torch.where(better, loss, least)
+        amax = torch.where(better, own * ratio, amax)
+    return Clipping(amax, least)

@@ -1,0 +1,240 @@
+"""GPTQ: quantize column by column, each column's error compensated in the columns not yet quantized.
+
+Frantar et al. 2022 (arXiv 2210.17323), from H = Σ xxᵀ, batched over experts. Two additions, neither of which
+changes the format:
+
+* A block's scale is chosen when its turn comes, from the compensated weights: every candidate is carried
+  through the block's own columns, and the one with the least compensated error Σ err² stays.
+* Blocks are visited in order of their power, and the columns within a block too (the paper's act-order, with
+  whole blocks moving), so that what matters most is compensated by the most columns. The result keeps the
+  original order.
+
+The global scale is fixed beforehand, so that the linears of a fusion group can share it.
+"""
+
+import torch
+from torch import Tensor
+
+from stages.formats.grids import (
+    FP8,
+    INT4,
+    NVFP4,
+    Format,
+    Quantized,
+    block_amax,
+    constants,
+    global_scale,
+    scales_from_amax,
+    step,
+)
+from stages.solve.moments import chunks
+
+DAMPING = 0.01
+# Columns quantized between two updates of all that follow, where the format sets one scale for a whole row.
+PANEL = 16
+# e4m3 codes relative to that of amax / 6; one code is 6 to 12 %. The smaller ones clip.
+E4M3_CANDIDATES = (-3, -2, -1, 0, 1, 2)
+INT4_CANDIDATES = (0.75, 0.8, 0.85, 0.9, 0.95, 1.0)
+# The largest e4m3 code is 126 (448): 127 is NaN, 0 is zero.
+E4M3_CODES = (1, 126)
+# Weights of one block, times candidates, worked on at a time.
+BLOCK_ELEMENTS = 2**26
+
+
+def solve(
+    weights: Tensor,
+    second_moment: Tensor,
+    format: Format,
+    amax: Tensor | None = None,
+    damping: float = DAMPING,
+) -> Quantized:
+    """Quantize so that tr(ΔW H ΔWᵀ) is small.
+
+    Args:
+        weights: `[E, N, K]`; a fusion group's linears concatenated along N.
+        second_moment: f32 `[E, K, K]`; see `moments.with_prior` for experts with few tokens.
+        amax: f32 `[E, 1, 1]` for NVFP4's global scale or FP8's scale, instead of max|weights|.
+        damping: added to H's diagonal, relative to its mean.
+    Raises ValueError where the format's blocks do not divide K.
+    """
+    format.blocks(weights)
+    experts = chunks(len(weights), weights[0].numel() + second_moment[0].numel())
+    return Quantized.concatenate(
+        [
+            solve_chunk(
+                weights[part].float(),
+                second_moment[part],
+                format,
+                None if amax is None else amax[part],
+                damping,
+            )
+            for part in experts
+        ]
+    )
+
+
+def solve_chunk(
+    weights: Tensor, second_moment: Tensor, format: Format, amax: Tensor | None, damping: float
+) -> Quantized:
+    """`solve` for as many experts as memory allows."""
+    block = format.block_size or PANEL
+    order = column_order(second_moment.diagonal(dim1=1, dim2=2), block)
+    ordered = take_columns(take_columns(second_moment, order).mT, order)
+    factor = inverse_factor(ordered, damping)
+    shared = global_scale(format, weights, amax)
+    fixed = None if format.block_size else row_scales(format, weights, amax)
+
+    weights = take_columns(weights, order)
+    # Rows do not depend on each other: all experts at once, as many rows as memory allows.
+    rows = max(1, BLOCK_ELEMENTS // (len(weights) * block * len(E4M3_CANDIDATES)))
+    parts = [
+        compensate(
+            part, factor, format, shared, None if fixed is None else fixed[:, i * rows : (i + 1) * rows]
+        )
+        for i, part in enumerate(weights.split(rows, dim=1))
+    ]
+    values, scale = (torch.cat(tensors, dim=1) for tensors in zip(*parts, strict=True))
+
+    back = order.argsort(dim=-1)
+    values = take_columns(values, back)
+    if fixed is None:
+        scale = take_columns(scale, back[:, ::block] // block)
+        scale = scale if shared is None else scale.to(torch.float8_e4m3fn)
+    else:
+        scale = fixed[:, :1] if format is FP8 else fixed
+    return Quantized(format, values, scale, shared)
+
+
+def column_order(power: Tensor, block: int) -> Tensor:
+    """The order to visit columns in: int64 `[E, K]`; power f32 `[E, K]` is H's diagonal.
+
+    Blocks stay together, the most powerful first; so do columns within a block. A last block that is not full
+    (only where the format sets no blocks) stays last.
+    """
+    full = power.shape[-1] // block * block
+    blocks = power[:, :full].unflatten(-1, (-1, block))
+    within = blocks.argsort(dim=-1, descending=True, stable=True)
+    within += torch.arange(0, full, block, device=power.device)[:, None]
+    across = blocks.sum(-1).argsort(dim=-1, descending=True, stable=True)
+    order = within.gather(1, across[..., None].expand_as(within)).flatten(1)
+    rest = torch.arange(full, power.shape[-1], device=power.device).expand(len(power), -1)
+    return torch.cat([order, rest], dim=-1)
+
+
+def take_columns(matrix: Tensor, order: Tensor) -> Tensor:
+    """Reorder the columns of each `[E, N, K]` by `[E, K]`."""
+    return matrix.gather(2, order[:, None].expand(-1, matrix.shape[1], -1))
+
+
+def inverse_factor(second_moment: Tensor, damping: float) -> Tensor:
+    """The upper Cholesky factor of (H + damping * mean(diag H) * I)⁻¹: f32 `[E, K, K]`.
+
+    With J the exchange matrix and J H J = L Lᵀ, it is (J L J)⁻¹: one factorization and one triangular
+    inverse, in f64. Damping keeps H positive definite; an input channel that is always 0 then compensates
+    nothing, and is not compensated for.
+    """
+    damped = second_moment.double()
+    diagonal = damped.diagonal(dim1=1, dim2=2)
+    mean = diagonal.mean(-1, keepdim=True)
+    # An all-zero H: the identity, for which nothing is compensated.
+    damped = damped + torch.diag_embed((damping * torch.where(mean > 0, mean, 1.0)).expand_as(diagonal))
+    factor = torch.linalg.cholesky(damped.flip(1, 2)).flip(1, 2)
+    identity = torch.eye(factor.shape[-1], dtype=factor.dtype, device=factor.device)
+    return torch.linalg.solve_triangular(factor, identity.expand_as(factor), upper=True).float()
+
+
+def row_scales(format: Format, weights: Tensor, amax: Tensor | None) -> Tensor:
+    """Each row's scale in formats without blocks, from the weights as they came: f32 `[E, N, 1]`."""
+    own = amax if format is FP8 and amax is not None else block_amax(format, weights)
+    return scales_from_amax(format, own, None).expand(*weights.shape[:2], 1)
+
+
+def candidate_scales(format: Format, amax: Tensor, shared: Tensor | None) -> Tensor:
+    """Scales to try for one block: amax f32 `[E, N]` → f32 `[C, E, N]`, for NVFP4 values that e4m3 holds."""
+    if format is INT4:
+        return torch.stack([scales_from_amax(format, amax * ratio, None) for ratio in INT4_CANDIDATES])
+    assert format is NVFP4 and shared is not None
+    # Neighbouring positive e4m3 values are neighbouring codes.
+    codes = scales_from_amax(format, amax, shared[..., 0]).view(torch.uint8).to(torch.int16)
+    offsets = torch.tensor(E4M3_CANDIDATES, dtype=torch.int16, device=amax.device)[:, None, None]
+    return (codes + offsets).clamp_(*E4M3_CODES).to(torch.uint8).view(torch.float8_e4m3fn).float()
+
+
+def compensate(
+    weights: Tensor, factor: Tensor, format: Format, shared: Tensor | None, fixed: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Go through the columns in order: weights `[E, N, K]`, factor `[E, K, K]`.
+
+    Args:
+        fixed: f32 `[E, N, 1]`, the rows' scales where the format sets no blocks.
+    Returns values on the grid f32 `[E, N, K]` and the scales used f32 `[E, N, K / block]`.
+    """
+    remaining = weights.mT.contiguous()  # a column's rows lie side by side
+    values = torch.empty_like(remaining)
+    scales = []
+    columns, block = remaining.shape[1], format.block_size or PANEL
+    for start in range(0, columns, block):
+        stop = min(start + block, columns)
+        solve = solve_block_on_gpu if weights.is_cuda and stop - start == block else solve_block
+        values[:, start:stop], errors, scale = solve(
+            remaining[:, start:stop], factor[:, start:stop, start:stop], format, shared, fixed
+        )
+        scales.append(scale)
+        if stop < columns:
+            remaining[:, stop:].baddbmm_(factor[:, start:stop, stop:].mT, errors, alpha=-1)
+    return values.mT, torch.stack(scales, dim=-1)
+
+
+def solve_block(
+    columns: Tensor, factor: Tensor, format: Format, shared: Tensor | None, fixed: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Choose each row's scale of a block, and quantize under it.
+
+    Args:
+        columns: f32 `[E, B, N]`; factor: f32 `[E, B, B]`; shared, fixed: as in `compensate`.
+    Returns values and errors as `quantize_block` does, and the scales chosen, f32 `[E, N]`.
+    """
+    tried = candidate_scales(format, columns.abs().amax(1), shared) if fixed is None else fixed[None, ..., 0]
+    steps = step(tried, None if shared is None else shared[..., 0])
+    values, errors, best = quantize_block(columns, factor, steps, format)
+    return values, errors, tried.gather(0, best[None])[0]
+
+
+def solve_block_on_gpu(
+    columns: Tensor, factor: Tensor, format: Format, shared: Tensor | None, fixed: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`solve_block` in one kernel."""
+    from stages.kernels import gptq_block
+
+    base = columns if fixed is None else fixed[..., 0].contiguous()
+    candidates = constants(INT4_CANDIDATES, columns.device)
+    if shared is not None:
+        base, candidates = shared.flatten(), constants(E4M3_CANDIDATES, columns.device)
+    elif fixed is not None:
+        candidates = candidates[:1]
+    return gptq_block.solve_block(columns, factor, format.name, base, candidates)
+
+
+def quantize_block(
+    columns: Tensor, factor: Tensor, steps: Tensor, format: Format
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Quantize a block's columns one after another under each candidate step; keep each row's best.
+
+    Args:
+        columns: f32 `[E, B, N]`; factor: f32 `[E, B, B]`; steps: f32 `[C, E, N]`.
+    Returns values on the grid, f32 `[E, B, N]`; errors (w - q) / factor_jj, likewise; the candidates chosen,
+    int64 `[E, N]`.
+    """
+    work = columns.expand(len(steps), *columns.shape).clone()
+    values = torch.empty_like(work)
+    total = torch.zeros_like(steps)
+    for j in range(columns.shape[1]):
+        column = work[:, :, j]
+        values[:, :, j] = format.round(column / steps)
+        # The error takes the column's place.
+        column.sub_(values[:, :, j] * steps).div_(factor[:, j, j, None])
+        total.addcmul_(column, column)
+        work[:, :, j + 1 :] -= factor[:, j, j + 1 :, None] * column[:, :, None]
+    best = total.argmin(0)
+    index = best[None, :, None].expand(1, *columns.shape)
+    return values.gather(0, index)[0], work.gather(0, index)[0], best

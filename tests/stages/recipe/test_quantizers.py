@@ -1,0 +1,124 @@
+"""modelopt's recipes read off as plain data, in hub names."""
+
+from pathlib import Path
+
+import pytest
+
+from stages.model.skeleton import Skeleton, load_config
+from stages.recipe.quantizers import WeightFormat, plan_quantizers
+from stages.recipe.recipes import resolve
+from state.errors import InputError
+from state.source import Source
+from tests.stages.calibrate import families
+from tests.stages.export import support
+
+EXPERT_LEAVES = ("gate_proj", "up_proj", "down_proj")
+
+
+@pytest.fixture(scope="module")
+def skeleton(tmp_path_factory: pytest.TempPathFactory) -> Skeleton:
+    folder = support.make_model(tmp_path_factory.mktemp("model"), support.config_of("qwen3_moe"))
+    return Skeleton(load_config(folder), Source.open(folder).tensors)
+
+
+def test_preset(skeleton: Skeleton) -> None:
+    plan = plan_quantizers(skeleton, resolve("nvfp4"))
+    attention = {f"model.layers.{layer}.self_attn.{leaf}_proj" for layer in (0, 1) for leaf in "qkvo"}
+    experts = {
+        f"model.layers.{layer}.mlp.experts.{number}.{leaf}"
+        for layer in (0, 1)
+        for number in range(4)
+        for leaf in EXPERT_LEAVES
+    }
+    assert plan.weights == dict.fromkeys(attention | experts, WeightFormat("nvfp4", 16))
+    assert plan.inputs.keys() == attention | experts
+    assert plan.inputs["model.layers.0.mlp.experts.3.up_proj"] == (
+        "model.layers.0.mlp.experts.gate_up_proj_input_quantizer"
+    )
+    assert plan.fused_experts == experts
+    assert plan.kv == {}
+    assert plan.hf_quant_config["quantization"]["quant_algo"] == "NVFP4"
+    assert "lm_head" in plan.hf_quant_config["quantization"]["exclude_modules"]
+
+
+def test_recipe_file_with_a_cache(skeleton: Skeleton) -> None:
+    plan = plan_quantizers(skeleton, resolve("general/ptq/nvfp4_experts_only-kv_fp8"))
+    assert {name.rpartition(".")[2] for name in plan.weights} == set(EXPERT_LEAVES)
+    assert plan.kv == {"model.layers.0.self_attn": "fp8", "model.layers.1.self_attn": "fp8"}
+
+
+def test_values_a_recipe_fixes(skeleton: Skeleton) -> None:
+    plan = plan_quantizers(skeleton, resolve("general/ptq/nvfp4_experts_only_input_scale1-kv_fp8_cast"))
+    assert set(plan.constant_inputs.values()) == {2688.0}
+    assert plan.constant_inputs.keys() == plan.inputs.keys()
+    assert set(plan.kv.values()) == {"fp8_cast"}
+
+
+@pytest.mark.parametrize(
+    ("recipe", "weight", "inputs"),
+    [
+        ("nvfp4_awq_full", WeightFormat("nvfp4", 16), True),
+        ("general/ptq/nvfp4_default-kv_none-gptq", WeightFormat("nvfp4", 16), True),
+        ("int4_awq", WeightFormat("int4_awq", 128), False),
+        ("w4a8_awq_beta", WeightFormat("w4a8_awq", 128), True),
+        ("int8_smoothquant", WeightFormat("int8_sq", 0), True),
+    ],
+)
+def test_recipes_with_a_solver(skeleton: Skeleton, recipe: str, weight: WeightFormat, inputs: bool) -> None:
+    plan = plan_quantizers(skeleton, resolve(recipe))
+    assert len(plan.weights) == 32 and set(plan.weights.values()) == {weight}
+    assert plan.inputs.keys() == (plan.weights.keys() if inputs else set())
+
+
+@pytest.mark.parametrize(
+    ("recipe", "named"),
+    [
+        ("nvfp4_svdquant", "'svdquant'"),
+        ("int8_weight_only", "'int8_wo'"),
+        ("mxfp8", "'mxfp8'"),
+        ("mxfp6", "num_bits=(3, 2)"),
+        ("nvfp4_fp8_mha", "model.layers.0.self_attn.p_bmm_quantizer"),
+        ("general/ptq/nvfp4_default-kv_nvfp4_cast", "model.layers.0.self_attn.k_bmm_quantizer"),
+    ],
+)
+def test_what_is_not_supported_is_named(skeleton: Skeleton, recipe: str, named: str) -> None:
+    with pytest.raises(InputError) as error:
+        plan_quantizers(skeleton, resolve(recipe))
+    assert named in str(error.value) and recipe in str(error.value) and "supported: " in str(error.value)
+
+
+def test_unknown_recipes_get_a_suggestion() -> None:
+    with pytest.raises(InputError, match=r"did you mean .*nvfp4"):
+        resolve("nvpf4")
+    with pytest.raises(InputError, match="general/ptq/nvfp4_default-kv_fp8"):
+        resolve("general/ptq/nvfp4_default-kv_f8")
+
+
+def test_every_name_of_a_hub_checkpoint_with_other_names(tmp_path: Path) -> None:
+    """Mixtral: `block_sparse_moe` and w1, w3, w2 on the hub, `mlp.experts.gate_up_proj` in memory."""
+    from transformers import MixtralConfig
+
+    sizes = support.SIZES | {"num_local_experts": 4, "num_experts_per_tok": 2}
+    folder = support.make_model(tmp_path, MixtralConfig(architectures=["MixtralForCausalLM"], **sizes))
+    skeleton = Skeleton(load_config(folder), Source.open(folder).tensors)
+    plan = plan_quantizers(skeleton, resolve("nvfp4"))
+    experts = {name for name in plan.weights if "experts" in name}
+    assert experts == {
+        f"model.layers.{layer}.block_sparse_moe.experts.{number}.{leaf}"
+        for layer in (0, 1)
+        for number in range(4)
+        for leaf in ("w1", "w2", "w3")
+    }
+    assert skeleton.experts[0].up == ("w1", "w3") and skeleton.experts[0].down == "w2"
+    excluded = plan.hf_quant_config["quantization"]["exclude_modules"]
+    assert "model.layers.0.block_sparse_moe.gate" in excluded
+
+
+@pytest.mark.parametrize("family", ["gemma4_moe", "gpt_oss"])
+def test_experts_that_the_hub_stores_fused_are_refused(family: str, tmp_path: Path) -> None:
+    folder = families.save_tiny(family, tmp_path / "model")
+    skeleton = Skeleton(load_config(folder), Source.open(folder).tensors)
+    with pytest.raises(
+        InputError, match=r"model\.layers\.0\..*experts, whose experts .* fused in one tensor"
+    ):
+        plan_quantizers(skeleton, resolve("fp8"))
