@@ -23,7 +23,8 @@ from stages.calibrate.forward.whole_model import load_model
 from stages.calibrate.observe.experts import GROUPED
 from stages.calibrate.run import calibrate
 from stages.export.run import export
-from stages.formats.grids import NVFP4, block_amax, quantize, scales_from_amax
+from stages.formats import NVFP4
+from stages.formats.quantized import quantize
 from stages.progress import Silent
 from stages.settings import CalibrateSettings, ExportSettings
 
@@ -161,7 +162,7 @@ def rounded(inputs: Tensor, scale: Tensor) -> Tensor:
     """Inputs as NVFP4 holds them under a tensor-wide scale: f32 [..., channels]."""
     shared = scale.float().reshape(1, 1)
     rows = inputs.reshape(-1, inputs.shape[-1])
-    blocks = scales_from_amax(NVFP4, block_amax(NVFP4, rows), shared)
+    blocks = NVFP4.scales_from_amax(NVFP4.block_amax(rows), shared)
     return quantize(NVFP4, rows, blocks, shared).dequantize().view_as(inputs)
 
 

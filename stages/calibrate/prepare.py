@@ -61,7 +61,7 @@ def prepare(settings: CalibrateSettings, writer: RunWriter | None, progress: Pro
     if solver is not None and solver.needs_pass:
         for module, weight in quantizers.weights.items():
             name = f"{module}.weight"
-            weight.refuse_partial_blocks(name, source.tensors[name].shape)
+            weight.refuse(name, source.tensors[name].shape)
     tokens = _tokens(settings, folder, writer, progress)
     identity = identify(folder, source, config, tokens, progress)
     here = environment(skeleton, device, settings.experts, settings.batch)

@@ -11,7 +11,6 @@ from torch import Tensor
 
 from stages.export.observed import Observed, input_quantizer
 from stages.export.rescale import Rescaling, folded, kept_apart, smoothed
-from stages.export.scales import TENSOR_SCALED
 from stages.export.solved import Solved
 from stages.export.unify import PolicyUse, connected, merge
 from stages.fold.folds import FoldMap
@@ -131,7 +130,7 @@ def _packed_amax(rescaling: Rescaling, subject: Subject) -> dict[str, Tensor]:
     """Largest |w| of every separately scaled weight whose format has a scale for the whole tensor: `[]`."""
     result = {}
     for module in rescaling.separate:
-        if subject.quantizers.weights[module].format in TENSOR_SCALED:
+        if subject.quantizers.weights[module].tensor_leaf is not None:
             weight = rescaling.to_pack(module, read_tensor(subject.source, f"{module}.weight"))
             result[module] = largest_magnitude(weight.reshape(-1))
     return result

@@ -60,15 +60,12 @@ def decide(
         if amax is None:
             weights_only.add(module)
         else:
-            result[f"{module}.input_scale"] = scales.input_scale(quantizers.weights[module].format, amax)
+            result[f"{module}.input_scale"] = quantizers.weights[module].input_scale(amax)
     for quantizer, amax in weights.amax.items():
         assert amax is not None, quantizer
         module = quantizer.removesuffix(".weight_quantizer")
-        weight_format = quantizers.weights[module].format
-        if weight_format == "fp8":
-            result[f"{module}.weight_scale"] = scales.fp8_weight_scale(amax)
-        else:
-            result[f"{module}.weight_scale_2"] = scales.weight_scale_2(weight_format, amax)
+        weight_format = quantizers.weights[module]
+        result[f"{module}.{weight_format.tensor_leaf}"] = weight_format.tensor_scale(amax)
     for attention in quantizers.kv:
         for name, quantizer in zip(kv_scale_names(attention), kv_quantizers(attention), strict=True):
             amax = kv.amax.get(quantizer)

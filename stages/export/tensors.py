@@ -6,14 +6,14 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from stages.export.provenance import refuse_other_tensors
+from stages.export.raw import raw_bytes
 from stages.export.rescale import Rescaling
 from stages.export.scales import stored, stored_vector
 from stages.export.shards import Bytes, TensorSpec
 from stages.export.solved import Solved
 from stages.export.units import Shard
-from stages.formats.pack import int4_scale, int8_scale, pack_fp8, pack_int4, pack_int8, pack_nvfp4, raw_bytes
+from stages.formats import WeightFormat
 from stages.model.weights import largest_magnitude, read_tensor
-from stages.recipe.quantizers import WeightFormat
 from state.errors import InputError
 from state.source import Source
 
@@ -77,27 +77,23 @@ class TensorMaker:
         return raw_bytes(rescaling.to_store(name, read_tensor(source, name)))
 
     def _quantized(self, weight_format: WeightFormat, module: str, leaf: str) -> dict[str, Tensor]:
-        """The weight or the block scales of a module; both for NVFP4, as a shard has them side by side."""
+        """The weight or the block scales of a module; the scales beside the weight where they come after it
+        in a shard, in which wide dtypes come first.
+        """
         solved = self.ingredients.solved
         rounded = solved.rounded(module, leaf) if solved is not None else None
         if rounded is not None:
             return {f"{module}.{leaf}": rounded}
-        weight, block = self._weight(module), weight_format.block_size
+        weight = self._weight(module)
         block_amax = solved.block_amax(module) if solved is not None else None
-        match weight_format.format:
-            case "nvfp4":
-                scale_2 = self.ingredients.scales[f"{module}.weight_scale_2"]
-                packed, scale = pack_nvfp4(weight, scale_2, block, block_amax)
-                return {f"{module}.weight": packed, f"{module}.weight_scale": scale}
-            case "fp8":
-                return {
-                    f"{module}.weight": pack_fp8(weight, self.ingredients.scales[f"{module}.weight_scale"])
-                }
-            case "int8_sq":
-                scale = int8_scale(weight)
-                return {f"{module}.{leaf}": scale if leaf == "weight_scale" else pack_int8(weight, scale)}
-        scale = int4_scale(weight, block, block_amax)
-        return {f"{module}.{leaf}": scale if leaf == "weight_scale" else pack_int4(weight, scale, block)}
+        tensor_scale = self.ingredients.scales.get(f"{module}.{weight_format.tensor_leaf}")
+        scale = weight_format.block_scale(weight, tensor_scale, block_amax)
+        made = {} if scale is None else {f"{module}.weight_scale": scale}
+        if leaf == "weight":
+            packed = weight_format.pack(weight, tensor_scale, scale)
+            later = scale is not None and scale.element_size() == packed.element_size()
+            made = {f"{module}.weight": packed} | (made if later else {})
+        return made
 
     def _weight(self, module: str) -> Tensor:
         """The weight as it is to be packed."""

@@ -9,7 +9,8 @@ from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 
 from stages.export.shards import TensorSpec
-from stages.recipe.quantizers import QuantizerPlan, WeightFormat
+from stages.formats import WeightFormat
+from stages.recipe.quantizers import QuantizerPlan
 from state.errors import InputError
 from state.source import TensorEntry
 
@@ -143,7 +144,7 @@ def check_engine_rules(
         }
         if len(set(formats.values())) > 1:
             shown = ", ".join(
-                f"{name} {entry.format if entry else 'unquantized'}" for name, entry in formats.items()
+                f"{name} {entry.name if entry else 'unquantized'}" for name, entry in formats.items()
             )
             raise InputError(
                 f"recipe {quantizers.recipe.name!r} treats members of one fused group differently ({shown}); "
@@ -183,30 +184,12 @@ def _quantized_unit(module: str, entry: TensorEntry, weight: WeightFormat) -> Un
             f"{entry.name} is {entry.dtype}{list(entry.shape)}; only matrices in {', '.join(FLOAT_DTYPES)} "
             "can be quantized"
         )
-    weight.refuse_partial_blocks(entry.name, entry.shape)
     rows, columns = entry.shape
+    weight.refuse(entry.name, (rows, columns))
     specs = tuple(
-        TensorSpec(f"{module}.{leaf}", dtype, shape)
-        for leaf, dtype, shape in _stored_tensors(weight, rows, columns)
+        TensorSpec(f"{module}.{leaf}", dtype, shape) for leaf, dtype, shape in weight.stored(rows, columns)
     )
     return Unit(entry.name, entry.name, weight, specs)
-
-
-def _stored_tensors(weight: WeightFormat, rows: int, columns: int) -> list[tuple[str, str, tuple[int, ...]]]:
-    """(leaf, safetensors dtype, shape) of all that a format stores for a weight `[rows, columns]`."""
-    blocks = columns // weight.block_size if weight.block_size else 1
-    scale_2: tuple[str, str, tuple[int, ...]] = ("weight_scale_2", "F32", ())
-    match weight.format:
-        case "fp8":
-            return [("weight", "F8_E4M3", (rows, columns)), ("weight_scale", "F32", ())]
-        case "int8_sq":
-            return [("weight", "I8", (rows, columns)), ("weight_scale", "F32", (rows,))]
-        case "nvfp4":
-            scale = ("weight_scale", "F8_E4M3", (rows, blocks))
-            return [("weight", "U8", (rows, columns // 2)), scale, scale_2]
-        case "w4a8_awq":
-            return [("weight", "U8", (rows // 2, columns)), ("weight_scale", "F32", (rows, blocks)), scale_2]
-    return [("weight", "U8", (rows // 2, columns)), ("weight_scale", "F32", (rows, blocks))]
 
 
 def _refuse_duplicates(units: Sequence[Unit]) -> None:

@@ -16,18 +16,19 @@ from stages.kernels.rounding import (
     round_to,
 )
 
-FORMATS = {"nvfp4": NVFP4, "int4": INT4, "int8": INT8, "fp8": FP8}
+GRIDS = {"nvfp4": NVFP4, "int4": INT4, "int8": INT8, "fp8": FP8}
 ELEMENTS = 8192  # of one tile
 
 
 def solve_block(
-    columns: Tensor, factor: Tensor, format_name: str, base: Tensor, candidates: Tensor
+    columns: Tensor, factor: Tensor, grid: str, base: Tensor, candidates: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`gptq.solve_block`, for a block of 2^n columns.
 
     Args:
         columns: f32 [E, B, N], rows side by side. factor: f32 [E, B, B], in any order of memory.
-        base: f32; NVFP4's global scale [E]; INT8's and FP8's scale of each row [E, N]; not read for INT4.
+        grid: a key of GRIDS.
+        base: f32; NVFP4's tensor scale [E]; INT8's and FP8's scale of each row [E, N]; not read for INT4.
         candidates: NVFP4's offsets of e4m3 codes, int32; INT4's ratios, f32; one of any value for the others.
     Returns values, errors (f32 [E, B, N]) and scales (f32 [E, N]).
     """
@@ -47,13 +48,19 @@ def solve_block(
         *columns.stride()[:2],
         *factor.stride(),
         len(candidates),
-        FORMATS[format_name],
+        GRIDS[grid],
         block,
         tile,
         num_warps=8,
         enable_fp_fusion=False,
     )
     return values, errors, scales
+
+
+def solve_fixed(columns: Tensor, factor: Tensor, grid: str, scales: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """`solve_block` where each row's scale is given: f32 [E, N, 1]."""
+    one = torch.ones(1, device=columns.device)
+    return solve_block(columns, factor, grid, scales[..., 0].contiguous(), one)
 
 
 @triton.jit

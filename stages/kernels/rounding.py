@@ -1,4 +1,4 @@
-"""Rounding to weight formats within kernels. The torch versions and the formats are in formats/grids.py."""
+"""Rounding to weight formats within kernels. The torch versions are in formats/grids.py."""
 
 import triton
 import triton.language as tl

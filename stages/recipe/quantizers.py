@@ -13,37 +13,13 @@ from typing import Any, Literal
 
 from torch import nn
 
+from stages.formats import TABLE, WeightFormat
 from stages.model.skeleton import ExpertsModule, Skeleton, build_meta_model
 from stages.recipe.recipes import Recipe
 from state.errors import InputError
 
-WEIGHT_FORMATS = ("nvfp4", "fp8", "int4_awq", "w4a8_awq", "int8_sq")
-"""modelopt's names: `int4_awq` is INT4 in groups, with AWQ or without; `int8_sq` INT8 rows and inputs."""
-
 ALGORITHMS = ("max", "awq_lite", "awq_clip", "awq_full", "gptq", "smoothquant")
 KvFormat = Literal["fp8", "fp8_cast"]
-
-
-@dataclass(frozen=True)
-class WeightFormat:
-    """How one weight is stored. block_size: elements along the input axis that share a scale (0: none)."""
-
-    format: str
-    block_size: int
-
-    def refuse_partial_blocks(self, name: str, shape: tuple[int, ...]) -> None:
-        """Raise InputError unless whole blocks and whole bytes hold the weight `name`, [rows, columns]."""
-        rows, columns = shape
-        if self.block_size and columns % self.block_size:
-            raise InputError(
-                f"{name} has {columns} input channels, which {self.format} blocks of {self.block_size} "
-                "do not divide; choose a recipe that leaves this module unquantized"
-            )
-        if self.format in ("int4_awq", "w4a8_awq") and rows % 2:
-            raise InputError(
-                f"{name} has {rows} rows, of which {self.format} packs two into a byte; choose a recipe "
-                "that leaves this module unquantized"
-            )
 
 
 @dataclass(frozen=True)
@@ -70,7 +46,7 @@ def plan_quantizers(skeleton: Skeleton, recipe: Recipe) -> QuantizerPlan:
     """Place the recipe's quantizers on a fresh meta-device model and read the plan off.
 
     Raises InputError when the recipe needs what this version can't serve: another algorithm than those in
-    ALGORITHMS, another weight format than those in WEIGHT_FORMATS, or quantizers for which no statistic is
+    ALGORITHMS, a weight format that is not in the table of formats, or quantizers for which no statistic is
     kept.
     """
     from modelopt.torch.export.quant_utils import get_quant_config
@@ -187,21 +163,22 @@ class _PlanReader:
 
         steps = _in_sequence(quantizer)
         try:
-            weight_format = get_quantization_format(module)
+            stored = get_quantization_format(module)
         except NotImplementedError:  # modelopt can fake-quantize it, but has no checkpoint format for it
-            weight_format = f"num_bits={steps[0].num_bits}"
-        if weight_format == "int8_sq" and steps[0].axis != 0:
-            weight_format = f"int8 with axis={steps[0].axis}"
-        if weight_format not in WEIGHT_FORMATS:
+            stored = f"num_bits={steps[0].num_bits}"
+        weight_format = TABLE.get(stored)
+        if weight_format is not None and weight_format.weight_axis not in (None, steps[0].axis):
+            stored, weight_format = f"{stored} with axis={steps[0].axis}", None
+        if weight_format is None:
             raise InputError(
-                f"recipe {self.recipe.name!r} quantizes {hubs[0]} to {weight_format!r} ({name}), "
-                f"which is not supported yet; supported: {', '.join(WEIGHT_FORMATS)}"
+                f"recipe {self.recipe.name!r} quantizes {hubs[0]} to {stored!r} ({name}), "
+                f"which is not supported yet; supported: {', '.join(TABLE)}"
             )
         if all(map(_plain, steps)):
             self.served.add(name)
             self.served.update(f"{name}.{number}" for number in range(len(steps)))
         block = (steps[0].block_sizes or {}).get(-1, 0)
-        self.weights.update(dict.fromkeys(hubs, WeightFormat(weight_format, block)))
+        self.weights.update(dict.fromkeys(hubs, weight_format.with_blocks(block)))
 
     def _input(self, hubs: list[str], name: str, quantizer: Any) -> None:
         if not quantizer.is_enabled or not _plain(quantizer):

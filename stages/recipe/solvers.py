@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, cast, get_args
 
+from stages.formats import TABLE
 from stages.recipe.quantizers import QuantizerPlan
 from state.errors import InputError
 from state.identity import digest_json
@@ -31,15 +32,6 @@ FIXED: dict[Method, dict[str, float]] = {
 
 WITHOUT_EFFECT = ("debug", "layerwise", "max_co_batch_size", "max_tokens_per_batch", "block_size", "fused")
 """Options that steer how modelopt computes; what is computed here stays the same."""
-
-FORMATS: dict[Method, tuple[str, ...]] = {
-    "awq_lite": ("nvfp4", "fp8", "int4_awq", "w4a8_awq", "int8_sq"),
-    "awq_clip": ("nvfp4", "fp8", "int4_awq", "w4a8_awq", "int8_sq"),
-    "awq_full": ("nvfp4", "fp8", "int4_awq", "w4a8_awq", "int8_sq"),
-    "gptq": ("nvfp4", "fp8", "int4_awq", "int8_sq"),
-    "smoothquant": ("int8_sq",),
-}
-BLOCK_SIZES = {"nvfp4": 16, "int4_awq": 128, "w4a8_awq": 128}
 
 
 @dataclass(frozen=True)
@@ -81,13 +73,14 @@ def solver_of(quantizers: QuantizerPlan) -> Solver | None:
     damping = float(options.pop("perc_damp", 0.01)) if method == "gptq" else 0.01
     alpha = float(options.pop("alpha", 1.0)) if method == "smoothquant" else 1.0
     _check_options(recipe.name, method, FIXED[method] | (AWQ_LITE_FIXED if recipe.awq_first else {}), options)
-    weights = sorted((name, weight.format, weight.block_size) for name, weight in quantizers.weights.items())
-    for name, weight_format, block_size in weights:
-        if weight_format not in FORMATS[method] or block_size != BLOCK_SIZES.get(weight_format, 0):
+    for name, weight in sorted(quantizers.weights.items()):
+        if method not in weight.solvers or weight.block_size != weight.standard_block:
+            solved = (format.described for format in TABLE.values() if method in format.solvers)
             raise InputError(
-                f"recipe {recipe.name!r} quantizes {name} to {weight_format} in blocks of {block_size}, "
-                f"which {method} can't solve; supported: {', '.join(map(_described, FORMATS[method]))}"
+                f"recipe {recipe.name!r} quantizes {name} to {weight.name} in blocks of {weight.block_size}, "
+                f"which {method} can't solve; supported: {', '.join(solved)}"
             )
+    weights = sorted((name, weight.name, weight.block_size) for name, weight in quantizers.weights.items())
     identity = {
         "method": method,
         "awq_first": recipe.awq_first,
@@ -122,8 +115,3 @@ def _check_options(
             continue
         allowed = f"only {fixed[name]} is supported" if name in fixed else "it is not supported"
         raise InputError(f"recipe {recipe!r} gives {method} the option {name}={value!r}; {allowed}")
-
-
-def _described(weight_format: str) -> str:
-    block = BLOCK_SIZES.get(weight_format)
-    return f"{weight_format} in blocks of {block}" if block else weight_format

@@ -17,18 +17,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from stages.formats.grids import (
-    FP8,
-    NVFP4,
-    Format,
-    block_amax,
-    constants,
-    global_scale,
-    quantize,
-    round_to_nearest,
-    scales_from_amax,
-    tensor_amax,
-)
+from stages.formats import WeightFormat
+from stages.formats.quantized import constants, quantize, round_to_nearest
+from stages.formats.weight_format import tensor_amax
 from stages.solve.moments import chunks, squared_error, to_judge_by
 
 RATIOS = tuple(round(0.5 + 0.05 * i, 2) for i in range(11))
@@ -44,30 +35,35 @@ class Clipping:
     losses: Tensor
 
 
-def search_tensor(format: Format, weights: Tensor, second_moment: Tensor) -> Clipping:
+def search_tensor(format: WeightFormat, weights: Tensor, second_moment: Tensor) -> Clipping:
     """One ratio per matrix, the smallest of equal ones: weights `[E, N, K]`, second_moment `[E, K, K]`."""
     return in_chunks(tensor_ratios, format, weights, second_moment)
 
 
-def search_block(format: Format, weights: Tensor, second_moment: Tensor) -> Clipping:
+def search_block(format: WeightFormat, weights: Tensor, second_moment: Tensor) -> Clipping:
     """One ratio per block scale, the smallest of equal ones; shapes as in `search_tensor`.
 
-    Raises ValueError for fp8, which has no block scales.
+    Raises ValueError for formats that have no block scales.
     """
-    if format is FP8:
-        raise ValueError("fp8 has one scale per tensor and no block scale to clip; search_tensor clips it")
+    if format.grain == "tensor":
+        raise ValueError(
+            f"{format.name} has one scale per tensor and no block scale to clip; search_tensor clips it"
+        )
     return in_chunks(block_ratios, format, weights, second_moment)
 
 
 def in_chunks(
-    search: Callable[[Format, Tensor, Tensor], Clipping], format: Format, weights: Tensor, moment: Tensor
+    search: Callable[[WeightFormat, Tensor, Tensor], Clipping],
+    format: WeightFormat,
+    weights: Tensor,
+    moment: Tensor,
 ) -> Clipping:
     experts = chunks(len(weights), weights[0].numel())
     parts = [search(format, weights[part], moment[part]) for part in experts]
     return Clipping(torch.cat([part.amax for part in parts]), torch.cat([part.losses for part in parts]))
 
 
-def tensor_ratios(format: Format, weights: Tensor, second_moment: Tensor) -> Clipping:
+def tensor_ratios(format: WeightFormat, weights: Tensor, second_moment: Tensor) -> Clipping:
     weights = weights.float()
     own = tensor_amax(weights)
     differences = (
@@ -79,21 +75,21 @@ def tensor_ratios(format: Format, weights: Tensor, second_moment: Tensor) -> Cli
     return Clipping(own * constants(RATIOS, own.device)[best][:, None, None], least)
 
 
-def block_ratios(format: Format, weights: Tensor, second_moment: Tensor) -> Clipping:
+def block_ratios(format: WeightFormat, weights: Tensor, second_moment: Tensor) -> Clipping:
     size = format.block_size or weights.shape[-1]
     blocks = weights.shape[-1] // size
     squares = second_moment.unflatten(1, (blocks, size)).unflatten(3, (blocks, size))
     within = squares.diagonal(dim1=1, dim2=3).permute(0, 3, 1, 2).contiguous()
-    shared = global_scale(format, weights)
-    if weights.is_cuda and format is NVFP4 and shared is not None:
-        from stages.kernels.nvfp4_clip import clip_blocks
-
-        return Clipping(*clip_blocks(weights, within, shared.flatten(), constants(RATIOS, weights.device)))
+    shared = format.search_scale(weights)
+    if weights.is_cuda:
+        found = format.clip_on_gpu(weights, within, shared, constants(RATIOS, weights.device))
+        if found is not None:
+            return Clipping(*found)
     weights = weights.float()
-    own = block_amax(format, weights)
+    own = format.block_amax(weights)
     amax, least = own, torch.full_like(own, torch.inf)
     for ratio in RATIOS:
-        scale = scales_from_amax(format, own * ratio, shared)
+        scale = format.scales_from_amax(own * ratio, shared)
         difference = quantize(format, weights, scale, shared).dequantize().sub_(weights)
         parts = format.blocks(difference).transpose(1, 2)
         loss = (torch.matmul(parts, within) * parts).sum(-1).transpose(1, 2)

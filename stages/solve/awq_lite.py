@@ -16,7 +16,8 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from stages.formats.grids import NVFP4, Format, constants, global_scale, round_to_nearest
+from stages.formats import WeightFormat
+from stages.formats.quantized import constants, round_to_nearest
 from stages.solve.moments import CHUNK_ELEMENTS, SiteStatistics, chunks, squared_error, to_judge_by
 
 ALPHAS = tuple(round(0.1 * i, 1) for i in range(11))
@@ -52,7 +53,7 @@ class FoundScale:
     losses: Tensor
 
 
-def weight_share(weights: Tensor, block_size: int | None) -> Tensor:
+def weight_share(weights: Tensor, block_size: int) -> Tensor:
     """How large each weight is within its block (0 to 1), averaged over rows: `[E, N, K]` → f32 `[E, K]`."""
     columns = weights.shape[-1]
     size = block_size or columns
@@ -88,7 +89,7 @@ def tie(values: Tensor, ties: Tensor | None) -> Tensor:
 
 def search(
     members: Sequence[Member],
-    format: Format,
+    format: WeightFormat,
     ties: Tensor | None = None,
     snap: Callable[[Tensor], Tensor] | None = None,
 ) -> FoundScale:
@@ -120,7 +121,7 @@ def search(
     return choose(losses[None], scales[None], tokens.sum()[None], squeeze=True)
 
 
-def search_each(member: Member, format: Format) -> FoundScale:
+def search_each(member: Member, format: WeightFormat) -> FoundScale:
     """One scale vector per expert: what folds into the expert's own up projection."""
     share = weight_share(member.weights, format.block_size)
     alphas = constants(ALPHAS, share.device)[:, None, None]
@@ -130,7 +131,7 @@ def search_each(member: Member, format: Format) -> FoundScale:
     return choose(losses.mT, scales.transpose(0, 1), member.site.tokens, squeeze=False)
 
 
-def errors(member: Member, scales: Tensor, format: Format) -> Tensor:
+def errors(member: Member, scales: Tensor, format: WeightFormat) -> Tensor:
     """Σ ‖(Q(W s)/s - W) x‖² over the site's tokens: scales `[A, E, K]` → f32 `[A, E]`."""
     amax = (member.largest * scales).amax(-1)[..., None, None]  # of W s, exactly: rounding is monotonic
     parts = []
@@ -149,16 +150,14 @@ def _together(candidates: int, weights: Tensor) -> Iterator[slice]:
     return chunks(candidates, weights.numel() if weights.is_cuda else CHUNK_ELEMENTS)
 
 
-def scaled_difference(format: Format, weights: Tensor, scales: Tensor, amax: Tensor) -> Tensor:
+def scaled_difference(format: WeightFormat, weights: Tensor, scales: Tensor, amax: Tensor) -> Tensor:
     """Q(W s)/s - W: weights `[E, N, K]`, scales `[A, E, K]`, amax max|W s| `[A, E, 1, 1]` → `[A, E, N, K]`,
     bf16 where a kernel does it, else f32.
     """
-    if weights.is_cuda and format is NVFP4:
-        from stages.kernels import nvfp4_error
-
-        shared = global_scale(format, weights, amax)
-        assert shared is not None
-        return nvfp4_error.scaled_difference(weights, scales, shared.flatten(1), torch.bfloat16)
+    if weights.is_cuda:
+        found = format.error_on_gpu(weights, scales, format.search_scale(weights, amax))
+        if found is not None:
+            return found
     weights, s = weights.float(), scales[:, :, None]
     return round_to_nearest(format, weights * s, amax).dequantize().div_(s).sub_(weights)
 

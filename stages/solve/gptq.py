@@ -15,36 +15,22 @@ The global scale is fixed beforehand, so that the linears of a fusion group can 
 import torch
 from torch import Tensor
 
-from stages.formats.grids import (
-    FP8,
-    INT4,
-    NVFP4,
-    Format,
-    Quantized,
-    block_amax,
-    constants,
-    global_scale,
-    scales_from_amax,
-    step,
-)
+from stages.formats import WeightFormat
+from stages.formats.quantized import Quantized, step
 from stages.solve.moments import chunks
 
 DAMPING = 0.01
 # Columns quantized between two updates of all that follow, where the format sets one scale for a whole row.
 PANEL = 16
-# e4m3 codes relative to that of amax / 6; one code is 6 to 12 %. The smaller ones clip.
-E4M3_CANDIDATES = (-3, -2, -1, 0, 1, 2)
-INT4_CANDIDATES = (0.75, 0.8, 0.85, 0.9, 0.95, 1.0)
-# The largest e4m3 code is 126 (448): 127 is NaN, 0 is zero.
-E4M3_CODES = (1, 126)
-# Weights of one block, times candidates, worked on at a time.
+# Weights of one block, times the scales that are tried for it, worked on at a time.
 BLOCK_ELEMENTS = 2**26
+CANDIDATES = 6  # of every format
 
 
 def solve(
     weights: Tensor,
     second_moment: Tensor,
-    format: Format,
+    format: WeightFormat,
     amax: Tensor | None = None,
     damping: float = DAMPING,
 ) -> Quantized:
@@ -74,19 +60,19 @@ def solve(
 
 
 def solve_chunk(
-    weights: Tensor, second_moment: Tensor, format: Format, amax: Tensor | None, damping: float
+    weights: Tensor, second_moment: Tensor, format: WeightFormat, amax: Tensor | None, damping: float
 ) -> Quantized:
     """`solve` for as many experts as memory allows."""
     block = format.block_size or PANEL
     order = column_order(second_moment.diagonal(dim1=1, dim2=2), block)
     ordered = take_columns(take_columns(second_moment, order).mT, order)
     factor = inverse_factor(ordered, damping)
-    shared = global_scale(format, weights, amax)
+    shared = format.search_scale(weights, amax)
     fixed = None if format.block_size else row_scales(format, weights, amax)
 
     weights = take_columns(weights, order)
     # Rows do not depend on each other: all experts at once, as many rows as memory allows.
-    rows = max(1, BLOCK_ELEMENTS // (len(weights) * block * len(E4M3_CANDIDATES)))
+    rows = max(1, BLOCK_ELEMENTS // (len(weights) * block * CANDIDATES))
     parts = [
         compensate(
             part, factor, format, shared, None if fixed is None else fixed[:, i * rows : (i + 1) * rows]
@@ -99,9 +85,9 @@ def solve_chunk(
     values = take_columns(values, back)
     if fixed is None:
         scale = take_columns(scale, back[:, ::block] // block)
-        scale = scale if shared is None else scale.to(torch.float8_e4m3fn)
+        scale = scale.to(format.scale_dtype)
     else:
-        scale = fixed[:, :1] if format is FP8 else fixed
+        scale = fixed[:, :1] if format.grain == "tensor" else fixed
     return Quantized(format, values, scale, shared)
 
 
@@ -143,25 +129,14 @@ def inverse_factor(second_moment: Tensor, damping: float) -> Tensor:
     return torch.linalg.solve_triangular(factor, identity.expand_as(factor), upper=True).float()
 
 
-def row_scales(format: Format, weights: Tensor, amax: Tensor | None) -> Tensor:
+def row_scales(format: WeightFormat, weights: Tensor, amax: Tensor | None) -> Tensor:
     """Each row's scale in formats without blocks, from the weights as they came: f32 `[E, N, 1]`."""
-    own = amax if format is FP8 and amax is not None else block_amax(format, weights)
-    return scales_from_amax(format, own, None).expand(*weights.shape[:2], 1)
-
-
-def candidate_scales(format: Format, amax: Tensor, shared: Tensor | None) -> Tensor:
-    """Scales to try for one block: amax f32 `[E, N]` → f32 `[C, E, N]`, for NVFP4 values that e4m3 holds."""
-    if format is INT4:
-        return torch.stack([scales_from_amax(format, amax * ratio, None) for ratio in INT4_CANDIDATES])
-    assert format is NVFP4 and shared is not None
-    # Neighbouring positive e4m3 values are neighbouring codes.
-    codes = scales_from_amax(format, amax, shared[..., 0]).view(torch.uint8).to(torch.int16)
-    offsets = torch.tensor(E4M3_CANDIDATES, dtype=torch.int16, device=amax.device)[:, None, None]
-    return (codes + offsets).clamp_(*E4M3_CODES).to(torch.uint8).view(torch.float8_e4m3fn).float()
+    own = amax if format.grain == "tensor" and amax is not None else format.block_amax(weights)
+    return format.scales_from_amax(own, None).expand(*weights.shape[:2], 1)
 
 
 def compensate(
-    weights: Tensor, factor: Tensor, format: Format, shared: Tensor | None, fixed: Tensor | None
+    weights: Tensor, factor: Tensor, format: WeightFormat, shared: Tensor | None, fixed: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """Go through the columns in order: weights `[E, N, K]`, factor `[E, K, K]`.
 
@@ -175,10 +150,11 @@ def compensate(
     columns, block = remaining.shape[1], format.block_size or PANEL
     for start in range(0, columns, block):
         stop = min(start + block, columns)
-        solve = solve_block_on_gpu if weights.is_cuda and stop - start == block else solve_block
-        values[:, start:stop], errors, scale = solve(
-            remaining[:, start:stop], factor[:, start:stop, start:stop], format, shared, fixed
-        )
+        work = remaining[:, start:stop], factor[:, start:stop, start:stop]
+        solved = None
+        if weights.is_cuda and stop - start == block:
+            solved = format.gptq_on_gpu(*work, shared, fixed)
+        values[:, start:stop], errors, scale = solved or solve_block(*work, format, shared, fixed)
         scales.append(scale)
         if stop < columns:
             remaining[:, stop:].baddbmm_(factor[:, start:stop, stop:].mT, errors, alpha=-1)
@@ -186,7 +162,7 @@ def compensate(
 
 
 def solve_block(
-    columns: Tensor, factor: Tensor, format: Format, shared: Tensor | None, fixed: Tensor | None
+    columns: Tensor, factor: Tensor, format: WeightFormat, shared: Tensor | None, fixed: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Choose each row's scale of a block, and quantize under it.
 
@@ -194,29 +170,14 @@ def solve_block(
         columns: f32 `[E, B, N]`; factor: f32 `[E, B, B]`; shared, fixed: as in `compensate`.
     Returns values and errors as `quantize_block` does, and the scales chosen, f32 `[E, N]`.
     """
-    tried = candidate_scales(format, columns.abs().amax(1), shared) if fixed is None else fixed[None, ..., 0]
+    tried = fixed[None, ..., 0] if fixed is not None else format.candidates(columns.abs().amax(1), shared)
     steps = step(tried, None if shared is None else shared[..., 0])
     values, errors, best = quantize_block(columns, factor, steps, format)
     return values, errors, tried.gather(0, best[None])[0]
 
 
-def solve_block_on_gpu(
-    columns: Tensor, factor: Tensor, format: Format, shared: Tensor | None, fixed: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor]:
-    """`solve_block` in one kernel."""
-    from stages.kernels import gptq_block
-
-    base = columns if fixed is None else fixed[..., 0].contiguous()
-    candidates = constants(INT4_CANDIDATES, columns.device)
-    if shared is not None:
-        base, candidates = shared.flatten(), constants(E4M3_CANDIDATES, columns.device)
-    elif fixed is not None:
-        candidates = candidates[:1]
-    return gptq_block.solve_block(columns, factor, format.name, base, candidates)
-
-
 def quantize_block(
-    columns: Tensor, factor: Tensor, steps: Tensor, format: Format
+    columns: Tensor, factor: Tensor, steps: Tensor, format: WeightFormat
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Quantize a block's columns one after another under each candidate step; keep each row's best.
 

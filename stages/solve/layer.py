@@ -12,10 +12,11 @@ import torch
 from torch import Tensor
 
 from stages.fold.folds import FoldSite, Operand, TensorFold, fold_norm
-from stages.formats.grids import FP8, Format, Quantized, tensor_amax
+from stages.formats import WeightFormat
+from stages.formats.quantized import Quantized
+from stages.formats.weight_format import tensor_amax
 from stages.solve import awq_clip, awq_lite, gptq
 from stages.solve.moments import SiteStatistics, scaled, with_prior
-from stages.solve.packing import pack
 from state.errors import InputError
 from state.statistics import FEW_TOKENS
 
@@ -34,7 +35,7 @@ class Group:
 
     members: dict[str, Tensor]
     site: SiteStatistics
-    format: Format
+    format: WeightFormat
     common_basis: bool
 
     @property
@@ -186,7 +187,7 @@ def _finish(group: Group, clip: bool, damping: float | None, solution: LayerSolu
     amax = tensor_amax(weights)
     if clip:
         moment = with_prior(group.site, group.common_basis).second_moment
-        if group.format is FP8:
+        if group.format.grain == "tensor":
             amax = awq_clip.search_tensor(group.format, weights, moment).amax
         else:
             found = awq_clip.search_block(group.format, weights, moment).amax
@@ -196,17 +197,17 @@ def _finish(group: Group, clip: bool, damping: float | None, solution: LayerSolu
         moment = with_prior(group.site, group.common_basis).second_moment
         quantized = gptq.solve(weights, moment, group.format, amax=amax, damping=damping)
         for name, member in _members(group, quantized).items():
-            for name_of_field, own in pack(member).items():
+            for name_of_field, own in member.encoded().items():
                 solution.arrays[f"{name}@{name_of_field}"] = own if _is_stacked(name) else own[0]
     flat = amax.reshape(-1)
     return flat if _is_stacked(next(iter(group.members))) else flat[0]
 
 
 def _members(group: Group, quantized: Quantized) -> dict[str, Quantized]:
-    """Each member's rows of a group that was quantized as one; FP8's scale belongs to all of them."""
+    """Each member's rows of a group that was quantized as one; a tensor's scale belongs to all of them."""
     values = group.split(quantized.values)
     shared = dict.fromkeys(group.members, quantized.scale)
-    scales = shared if group.format is FP8 else group.split(quantized.scale)
+    scales = shared if group.format.grain == "tensor" else group.split(quantized.scale)
     return {name: replace(quantized, values=values[name], scale=scales[name]) for name in group.members}
 
 

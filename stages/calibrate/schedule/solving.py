@@ -12,7 +12,7 @@ from stages.calibrate.observe.attach import split_projections
 from stages.calibrate.observe.host import to_host
 from stages.calibrate.observe.second_moments import Moments
 from stages.fold.folds import FoldMap, FoldSite
-from stages.formats.grids import FORMATS, INT4, Format
+from stages.formats import WeightFormat
 from stages.model.skeleton import Skeleton
 from stages.recipe.quantizers import QuantizerPlan
 from stages.recipe.solvers import Solver, stacked_name
@@ -20,8 +20,6 @@ from stages.solve.layer import Group, Place, solve_layer
 from stages.solve.moments import SiteStatistics
 from state.layout import Site, SiteArray, split_name
 from state.update import Solution
-
-SOLVER_FORMATS = {"int4_awq": INT4, "w4a8_awq": INT4, "int8_sq": FORMATS["int8"]}
 
 
 class SolverPass:
@@ -77,19 +75,19 @@ class SolverPass:
 
     def _groups(self, layer: int, moments: Moments) -> dict[str, Group]:
         """Quantized weights by the site they read, and format: [experts or 1, out, in]."""
-        members: dict[tuple[str, str], dict[str, Tensor]] = {}
-        sites: dict[tuple[str, str], SiteArray] = {}
-        down: set[tuple[str, str]] = set()
+        members: dict[tuple[str, WeightFormat], dict[str, Tensor]] = {}
+        sites: dict[tuple[str, WeightFormat], SiteArray] = {}
+        down: set[tuple[str, WeightFormat]] = set()
         for name, (module, weights) in self._weights(layer).items():
             array, _ = self.statistics.layout.locate(Site(module, "input"))
-            key = array.key, self.quantizers.weights[module].format
+            key = array.key, self.quantizers.weights[module]
             members.setdefault(key, {})[name] = weights
             sites[key] = array
             if any(module == f"{experts.hub}.0.{experts.down}" for experts in self.skeleton.experts):
                 down.add(key)
         return {
-            ".".join(key): Group(
-                stacked, self._site(sites[key], layer, moments), _solver_format(key[1]), key not in down
+            f"{key[0]}.{key[1].name}": Group(
+                stacked, self._site(sites[key], layer, moments), key[1], key not in down
             )
             for key, stacked in members.items()
         }
@@ -150,10 +148,6 @@ class SolverPass:
 
     def _device(self) -> torch.device:
         return next(iter(self.statistics.tokens.values())).device
-
-
-def _solver_format(weight_format: str) -> Format:
-    return SOLVER_FORMATS.get(weight_format) or FORMATS[weight_format]
 
 
 def _modules_by_layer(quantizers: QuantizerPlan) -> dict[int, dict[str, None]]:

@@ -12,32 +12,21 @@ import state
 from stages.export.unify import connected
 from stages.fold.folds import FoldMap, fold_norm
 from stages.fold.sites import fold_map
-from stages.formats.grids import (
-    FORMATS,
-    FP8,
-    Format,
-    Quantized,
-    block_amax,
-    global_scale,
-    quantize,
-    round_to_nearest,
-    scales_from_amax,
-    tensor_amax,
-)
+from stages.formats import FP8, WeightFormat
+from stages.formats.quantized import Quantized, quantize, round_to_nearest
+from stages.formats.weight_format import tensor_amax
 from stages.model.skeleton import Skeleton, load_config
 from stages.model.weights import read_tensor
 from stages.recipe.quantizers import QuantizerPlan, plan_quantizers
 from stages.recipe.recipes import Recipe
 from stages.recipe.solvers import Solver, array_name, solver_of
 from stages.solve import gptq
-from stages.solve.packing import pack
 from state.layout import split_name
 from state.source import Source
 from state.store import RunWriter
 from state.update import Solution, Update
 
 CLIP = 0.8
-SOLVE_FORMATS = {"nvfp4": "nvfp4", "fp8": "fp8", "int4_awq": "int4", "w4a8_awq": "int4", "int8_sq": "int8"}
 
 
 @dataclass(frozen=True)
@@ -92,7 +81,7 @@ def hand_solve(folder: Path, run: Path, out: Path, recipe: Recipe, per_block: bo
     weights: dict[str, Tensor] = {}
     for group in dict.fromkeys(connected(model.quantizers.weights, groups).values()):
         parts = [folded_weight(model, module, scales) for module in group]
-        weight_format = FORMATS[SOLVE_FORMATS[model.quantizers.weights[group[0]].format]]
+        weight_format = model.quantizers.weights[group[0]]
         quantized, amax, clipped = _solve(torch.cat(parts)[None], weight_format, solver, per_block)
         ends = np.cumsum([len(part) for part in parts])
         for module, part, end in zip(group, parts, ends, strict=True):
@@ -102,9 +91,9 @@ def hand_solve(folder: Path, run: Path, out: Path, recipe: Recipe, per_block: bo
             if clipped is not None:
                 fields[module, "amax"] = clipped[0, rows]
             if solver.method == "gptq":
-                scale = quantized.scale if weight_format is FP8 else quantized.scale[:, rows]
+                scale = quantized.scale if weight_format == FP8 else quantized.scale[:, rows]
                 member = replace(quantized, values=quantized.values[:, rows], scale=scale)
-                for field, values in pack(member).items():
+                for field, values in member.encoded().items():
                     fields[module, field] = values[0]
     kept = dict.fromkeys(model.folds.impossible, "no reason")
     attributes = {
@@ -146,13 +135,13 @@ def write_solutions(
 
 
 def _solve(
-    weights: Tensor, weight_format: Format, solver: Solver, per_block: bool
+    weights: Tensor, weight_format: WeightFormat, solver: Solver, per_block: bool
 ) -> tuple[Quantized, Tensor, Tensor | None]:
     """Weights of one group `[1, N, K]` → quantized, amax of the tensor scale `[]`, of the blocks or None."""
     amax = tensor_amax(weights)
     if solver.method in ("awq_clip", "awq_full") and per_block:
-        own, shared = CLIP * block_amax(weight_format, weights), global_scale(weight_format, weights)
-        scale = scales_from_amax(weight_format, own, shared)
+        own, shared = CLIP * weight_format.block_amax(weights), weight_format.search_scale(weights)
+        scale = weight_format.scales_from_amax(own, shared)
         return quantize(weight_format, weights, scale, shared), amax.reshape(()), own
     if solver.method in ("awq_clip", "awq_full"):
         return round_to_nearest(weight_format, weights, CLIP * amax), (CLIP * amax).reshape(()), None

@@ -9,11 +9,11 @@ import torch
 from stages.export.decide import Decisions, decide
 from stages.export.observed import Observed, expert_families
 from stages.export.unify import Policies
-from stages.recipe.quantizers import QuantizerPlan, WeightFormat
+from stages.formats import FP8, NVFP4
+from stages.recipe.quantizers import QuantizerPlan
 from stages.recipe.recipes import Recipe
 from stages.settings import UnseenPolicy
 
-NVFP4, FP8 = WeightFormat("nvfp4", 16), WeightFormat("fp8", 0)
 NVFP4_STEP, FP8_STEP = 6.0 * 448.0, 448.0
 
 

@@ -18,7 +18,8 @@ import state
 from benchmarks.dequantize import weight_of
 from stages.export.run import export
 from stages.fold.folds import FoldSite
-from stages.formats.grids import NVFP4, round_to_nearest
+from stages.formats import NVFP4
+from stages.formats.quantized import round_to_nearest
 from stages.recipe.recipes import resolve
 from stages.settings import ExportSettings
 from state.errors import InputError

@@ -8,10 +8,9 @@ import torch
 
 from stages.export import scales
 from stages.export.unify import DEAD_AMAX
-from stages.recipe.quantizers import WeightFormat
+from stages.formats import FP8, INT4_AWQ, INT8_SQ, NVFP4, W4A8_AWQ, WeightFormat
 from state.errors import InputError
 
-NVFP4, FP8 = WeightFormat("nvfp4", 16), WeightFormat("fp8", 0)
 Q, K, GATE, UP, DOWN = "layers.0.q", "layers.0.k", "experts.0.gate", "experts.0.up", "experts.0.down"
 
 
@@ -20,14 +19,14 @@ def scalar(value: float) -> torch.Tensor:
 
 
 def test_powers_of_the_format_maxima() -> None:
-    assert scales.input_scale("nvfp4", scalar(6.0 * 448.0)).item() == 1.0
-    assert scales.input_scale("fp8", scalar(448.0)).item() == 1.0
-    assert scales.weight_scale_2("nvfp4", scalar(2688.0)).item() == 1.0
-    assert scales.fp8_weight_scale(scalar(224.0)).item() == 0.5
+    assert NVFP4.input_scale(scalar(6.0 * 448.0)).item() == 1.0
+    assert FP8.input_scale(scalar(448.0)).item() == 1.0
+    assert NVFP4.tensor_scale(scalar(2688.0)).item() == 1.0
+    assert FP8.tensor_scale(scalar(224.0)).item() == 0.5
     assert scales.kv_scale(scalar(896.0)).item() == 2.0
-    assert scales.input_scale("int8_sq", scalar(254.0)).item() == 2.0
-    assert scales.input_scale("w4a8_awq", scalar(448.0)).item() == 1.0
-    assert scales.weight_scale_2("w4a8_awq", scalar(448.0)).item() == 1.0
+    assert INT8_SQ.input_scale(scalar(254.0)).item() == 2.0
+    assert W4A8_AWQ.input_scale(scalar(448.0)).item() == 1.0
+    assert W4A8_AWQ.tensor_scale(scalar(448.0)).item() == 1.0
 
 
 @pytest.mark.parametrize("amax", [0.1, 3.0, 7.84375, 1e-6, 1234.5])
@@ -42,10 +41,10 @@ def test_bits_are_those_of_modelopts_quantizers(amax: float) -> None:
     blocks = {-1: 16, "type": "dynamic", "scale_bits": (4, 3)}
     nvfp4 = TensorQuantizer(QuantizerAttributeConfig(num_bits=(2, 1), block_sizes=blocks))
     nvfp4.amax = scalar(amax)
-    assert scales.input_scale("fp8", scalar(amax)).equal(get_scaling_factor(fp8).squeeze())
-    assert scales.input_scale("nvfp4", scalar(amax)).equal(NVFP4QTensor.get_activation_scaling_factor(nvfp4))
+    assert FP8.input_scale(scalar(amax)).equal(get_scaling_factor(fp8).squeeze())
+    assert NVFP4.input_scale(scalar(amax)).equal(NVFP4QTensor.get_activation_scaling_factor(nvfp4))
     second = NVFP4QTensor.get_weights_scaling_factor_2_from_quantizer(nvfp4)
-    assert scales.weight_scale_2("nvfp4", scalar(amax)).equal(second)
+    assert NVFP4.tensor_scale(scalar(amax)).equal(second)
 
 
 def share(formats: dict[str, WeightFormat], amax: dict[str, float], **groups: list) -> dict[str, float]:
@@ -78,8 +77,8 @@ def test_fp8_shares_only_within_an_expert_stored_fused() -> None:
 
 
 def test_w4a8_shares_and_formats_without_a_tensor_scale_have_none() -> None:
-    w4a8, int8 = WeightFormat("w4a8_awq", 128), WeightFormat("int8_sq", 0)
-    formats = {Q: w4a8, K: w4a8, UP: int8, DOWN: WeightFormat("int4_awq", 128)}
+    w4a8, int8 = W4A8_AWQ, INT8_SQ
+    formats = {Q: w4a8, K: w4a8, UP: int8, DOWN: INT4_AWQ}
     shared = share(formats, {Q: 1.0, K: 2.0, UP: 3.0, DOWN: 4.0}, same_input=[(Q, K)])
     assert shared == {Q: 2.0, K: 2.0}
 

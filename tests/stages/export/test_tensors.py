@@ -13,13 +13,12 @@ from stages.export.rescale import Rescaling
 from stages.export.shards import TensorSpec
 from stages.export.tensors import Ingredients, TensorMaker
 from stages.export.units import Shard, Unit
-from stages.recipe.quantizers import WeightFormat
+from stages.formats import FP8, INT8_SQ, NVFP4, WeightFormat
 from state.errors import IdentityMismatch, InputError
 from state.source import Source
 
 WEIGHT = torch.tensor([[6.0, -3.0] * 8])
 NORM = torch.tensor([1.5], dtype=torch.float32)
-NVFP4, FP8, INT8 = WeightFormat("nvfp4", 16), WeightFormat("fp8", 0), WeightFormat("int8_sq", 0)
 
 
 def maker(
@@ -36,7 +35,7 @@ def maker(
     columns = weight.shape[1]
     parts = {
         FP8: [("weight_scale", "F32", ()), ("weight", "F8_E4M3", (1, columns))],
-        INT8: [("weight_scale", "F32", (1,)), ("weight", "I8", (1, columns))],
+        INT8_SQ: [("weight_scale", "F32", (1,)), ("weight", "I8", (1, columns))],
         NVFP4: [("weight_scale", "F8_E4M3", (1, columns // 16)), ("weight", "U8", (1, columns // 2))],
     }[weight_format]
     specs = tuple(TensorSpec(f"up.{leaf}", dtype, shape) for leaf, dtype, shape in parts)
@@ -72,7 +71,7 @@ def test_a_packed_weight_and_its_block_scales_are_made_together(tmp_path: Path) 
 
 def test_integer_formats_keep_nothing_between_a_scale_and_its_weight(tmp_path: Path) -> None:
     # A shard has all float32 scales before the first packed weight.
-    one = maker(tmp_path, torch.tensor([[127.0, -1.0] * 8]), INT8, 127.0)
+    one = maker(tmp_path, torch.tensor([[127.0, -1.0] * 8]), INT8_SQ, 127.0)
     assert made(one, "up.weight_scale") == struct.pack("<f", 1.0)
     assert one.pending == {}
     assert made(one, "up.weight") == bytes([0x7F, 0xFF] * 8)

@@ -12,12 +12,11 @@ from stages.export.units import (
     natural,
     plan_units,
 )
-from stages.recipe.quantizers import QuantizerPlan, WeightFormat
+from stages.formats import FP8, INT4_AWQ, INT8_SQ, NVFP4, W4A8_AWQ, WeightFormat
+from stages.recipe.quantizers import QuantizerPlan
 from stages.recipe.recipes import Recipe
 from state.errors import InputError
 from state.source import TensorEntry
-
-NVFP4, FP8 = WeightFormat("nvfp4", 16), WeightFormat("fp8", 0)
 
 
 def source(**tensors: tuple[str, tuple[int, ...]]) -> dict[str, TensorEntry]:
@@ -56,12 +55,12 @@ def test_fp8_makes_three() -> None:
 @pytest.mark.parametrize(
     ("weight", "expected"),
     [
-        (WeightFormat("int4_awq", 128), {"weight": ("U8", (4, 256)), "weight_scale": ("F32", (8, 2))}),
+        (INT4_AWQ, {"weight": ("U8", (4, 256)), "weight_scale": ("F32", (8, 2))}),
         (
-            WeightFormat("w4a8_awq", 128),
+            W4A8_AWQ,
             {"weight": ("U8", (4, 256)), "weight_scale": ("F32", (8, 2)), "weight_scale_2": ("F32", ())},
         ),
-        (WeightFormat("int8_sq", 0), {"weight": ("I8", (8, 256)), "weight_scale": ("F32", (8,))}),
+        (INT8_SQ, {"weight": ("I8", (8, 256)), "weight_scale": ("F32", (8,))}),
     ],
 )
 def test_integer_formats(weight: WeightFormat, expected: dict[str, tuple[str, tuple[int, ...]]]) -> None:
@@ -81,7 +80,7 @@ def test_a_separate_scale_is_a_vector_beside_its_weight() -> None:
 
 
 def test_int4_needs_pairs_of_rows() -> None:
-    plan = quantizers(weights={"up": WeightFormat("int4_awq", 128)})
+    plan = quantizers(weights={"up": INT4_AWQ})
     with pytest.raises(InputError, match=r"up\.weight has 7 rows, of which int4_awq packs two into a byte"):
         plan_units(source(up__weight=("BF16", (7, 128))), plan)
 

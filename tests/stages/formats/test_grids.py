@@ -6,8 +6,8 @@ from modelopt.torch.export.quant_utils import pack_int4_in_uint8
 from modelopt.torch.quantization.qtensor import FP8QTensor, INT8QTensor, NVFP4QTensor
 from torch.testing import assert_close
 
-from stages.formats import grids
-from stages.formats.grids import FP8, INT4, INT8, NVFP4
+from stages.formats import FP8, INT4_AWQ, INT8_SQ, NVFP4, grids
+from stages.formats.quantized import round_to_nearest
 
 EXACT = {"rtol": 0, "atol": 0}
 
@@ -37,8 +37,8 @@ def test_nvfp4_equals_modelopts_packing(dtype):
     weight = (torch.randn(3, 32, 64) * torch.logspace(-6, 1, 64)).to(dtype)
     weight[0, 3, 16:32] = 0
     weight[1] *= 1e-3
-    shared = grids.global_scale(NVFP4, weight)
-    quantized = grids.round_to_nearest(NVFP4, weight)
+    shared = NVFP4.search_scale(weight)
+    quantized = round_to_nearest(NVFP4, weight)
     for expert in range(3):
         scale = NVFP4QTensor.get_weights_scaling_factor_2(weight[expert])
         assert_close(shared[expert, 0, 0], scale, **EXACT)
@@ -51,7 +51,7 @@ def test_nvfp4_with_a_clipped_amax_equals_modelopts_packing():
     weight = torch.linspace(-3, 3, 64).view(1, 2, 32)
     amax = torch.tensor([[[1.5]]])
     double_scale = torch.tensor(1.5 / 2688)
-    quantized = grids.round_to_nearest(NVFP4, weight, amax)
+    quantized = round_to_nearest(NVFP4, weight, amax)
     # Blocks beyond the clipped amax sit at the largest e4m3 scale.
     assert quantized.scale.float().tolist() == [[[448.0, 448.0], [448.0, 448.0]]]
     assert_close(quantized.dequantize()[0], nvfp4_by_modelopt(weight[0], double_scale), **EXACT)
@@ -60,9 +60,9 @@ def test_nvfp4_with_a_clipped_amax_equals_modelopts_packing():
 def test_nvfp4_scales_of_a_zero_block_and_a_zero_tensor():
     weight = torch.zeros(2, 1, 32)
     weight[0, 0, 0] = 6.0
-    quantized = grids.round_to_nearest(NVFP4, weight)
+    quantized = round_to_nearest(NVFP4, weight)
     assert quantized.scale.float().tolist() == [[[448.0, 1.0]], [[1.0, 1.0]]]
-    assert_close(quantized.global_scale.flatten(), torch.tensor([6.0 / 2688, 1.0]), **EXACT)
+    assert_close(quantized.tensor_scale.flatten(), torch.tensor([6.0 / 2688, 1.0]), **EXACT)
     assert_close(quantized.dequantize(), weight, **EXACT)
 
 
@@ -70,7 +70,7 @@ def test_int4_values_equal_modelopts_packing():
     torch.manual_seed(0)
     weight = torch.randn(2, 4, 256)
     weight[1, 2, 128:] = 0
-    quantized = grids.round_to_nearest(INT4, weight)
+    quantized = round_to_nearest(INT4_AWQ, weight)
     assert quantized.scale.shape == (2, 4, 2)
     packed = pack_int4_in_uint8(weight, quantized.scale, 128)
     low, high = (packed & 0xF).to(torch.int8), (packed >> 4).to(torch.int8)
@@ -82,7 +82,7 @@ def test_int4_values_equal_modelopts_packing():
 def test_int8_values_equal_modelopts_packing():
     torch.manual_seed(0)
     weight = torch.randn(4, 48)
-    quantized = grids.round_to_nearest(INT8, weight)
+    quantized = round_to_nearest(INT8_SQ, weight)
     packed, scales = INT8QTensor.quantize(weight, axis=0)
     assert_close(quantized.scale, scales.view(4, 1), **EXACT)
     assert_close(quantized.values, packed._quantized_data.float(), **EXACT)
@@ -91,12 +91,14 @@ def test_int8_values_equal_modelopts_packing():
 def test_fp8_values_equal_modelopts_packing():
     torch.manual_seed(0)
     weight = torch.randn(4, 48)
-    quantized = grids.round_to_nearest(FP8, weight[None])
+    quantized = round_to_nearest(FP8, weight[None])
     packed, scale = FP8QTensor.quantize(weight, scales=weight.abs().amax() / 448)
     assert_close(quantized.scale.flatten(), scale.view(1), **EXACT)
     assert_close(quantized.values[0], packed._quantized_data.float(), **EXACT)
 
 
 def test_partial_blocks_are_refused():
-    with pytest.raises(ValueError, match="int4 needs a multiple of 128 input features, this weight has 192"):
-        grids.round_to_nearest(INT4, torch.ones(1, 2, 192))
+    with pytest.raises(
+        ValueError, match="int4_awq needs a multiple of 128 input features, this weight has 192"
+    ):
+        round_to_nearest(INT4_AWQ, torch.ones(1, 2, 192))

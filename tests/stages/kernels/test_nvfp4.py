@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from stages.formats import grids
-from stages.formats.grids import NVFP4
+from stages.formats import NVFP4
+from stages.formats.quantized import quantize
 from stages.kernels import nvfp4_clip, nvfp4_error
 from stages.solve import awq_clip
 
@@ -23,11 +23,11 @@ def test_scaled_difference(device: str, dtype: torch.dtype) -> None:
     weights = heavy_tailed()
     scales = torch.rand(2, 3, 176, generator=torch.Generator().manual_seed(1)) * 4 + 0.1
     scaled = weights.float() * scales[:, :, None]
-    shared = grids.global_scale(NVFP4, scaled)
-    expected = grids.quantize(
+    shared = NVFP4.search_scale(scaled)
+    expected = quantize(
         NVFP4,
         scaled,
-        grids.scales_from_amax(NVFP4, grids.block_amax(NVFP4, scaled), shared),
+        NVFP4.scales_from_amax(NVFP4.block_amax(scaled), shared),
         shared,
     )
     difference = nvfp4_error.scaled_difference(
@@ -46,7 +46,7 @@ def test_clip_blocks(device: str) -> None:
     amax, losses = nvfp4_clip.clip_blocks(
         weights.to(device),
         within.to(device),
-        grids.global_scale(NVFP4, weights).flatten().to(device),
+        NVFP4.search_scale(weights).flatten().to(device),
         torch.tensor(awq_clip.RATIOS, device=device),
     )
     assert_close(losses.cpu(), expected.losses, rtol=1e-4, atol=1e-4)

@@ -4,8 +4,9 @@ from pathlib import Path
 
 import pytest
 
+from stages.formats import INT4_AWQ, INT8_SQ, NVFP4, W4A8_AWQ, WeightFormat
 from stages.model.skeleton import Skeleton, load_config
-from stages.recipe.quantizers import WeightFormat, plan_quantizers
+from stages.recipe.quantizers import plan_quantizers
 from stages.recipe.recipes import resolve
 from state.errors import InputError
 from state.source import Source
@@ -30,7 +31,7 @@ def test_preset(skeleton: Skeleton) -> None:
         for number in range(4)
         for leaf in EXPERT_LEAVES
     }
-    assert plan.weights == dict.fromkeys(attention | experts, WeightFormat("nvfp4", 16))
+    assert plan.weights == dict.fromkeys(attention | experts, NVFP4)
     assert plan.inputs.keys() == attention | experts
     assert plan.inputs["model.layers.0.mlp.experts.3.up_proj"] == (
         "model.layers.0.mlp.experts.gate_up_proj_input_quantizer"
@@ -57,11 +58,11 @@ def test_values_a_recipe_fixes(skeleton: Skeleton) -> None:
 @pytest.mark.parametrize(
     ("recipe", "weight", "inputs"),
     [
-        ("nvfp4_awq_full", WeightFormat("nvfp4", 16), True),
-        ("general/ptq/nvfp4_default-kv_none-gptq", WeightFormat("nvfp4", 16), True),
-        ("int4_awq", WeightFormat("int4_awq", 128), False),
-        ("w4a8_awq_beta", WeightFormat("w4a8_awq", 128), True),
-        ("int8_smoothquant", WeightFormat("int8_sq", 0), True),
+        ("nvfp4_awq_full", NVFP4, True),
+        ("general/ptq/nvfp4_default-kv_none-gptq", NVFP4, True),
+        ("int4_awq", INT4_AWQ, False),
+        ("w4a8_awq_beta", W4A8_AWQ, True),
+        ("int8_smoothquant", INT8_SQ, True),
     ],
 )
 def test_recipes_with_a_solver(skeleton: Skeleton, recipe: str, weight: WeightFormat, inputs: bool) -> None:

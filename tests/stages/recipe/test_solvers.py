@@ -4,12 +4,11 @@ from typing import Any
 
 import pytest
 
-from stages.recipe.quantizers import QuantizerPlan, WeightFormat
+from stages.formats import INT4_AWQ, INT8_SQ, NVFP4, WeightFormat
+from stages.recipe.quantizers import QuantizerPlan
 from stages.recipe.recipes import Recipe, resolve
 from stages.recipe.solvers import array_name, solver_of, stacked_name
 from state.errors import InputError
-
-NVFP4, INT4 = WeightFormat("nvfp4", 16), WeightFormat("int4_awq", 128)
 
 
 def plan(
@@ -33,7 +32,7 @@ def test_what_a_recipe_asks_for() -> None:
     gptq = solver_of(plan("gptq", perc_damp=0.05, layerwise={"enable": True}))
     assert gptq is not None
     assert (gptq.method, gptq.needs_pass, gptq.damping) == ("gptq", True, 0.05)
-    smooth = solver_of(plan("smoothquant", {"up": WeightFormat("int8_sq", 0)}, alpha=0.5))
+    smooth = solver_of(plan("smoothquant", {"up": INT8_SQ}, alpha=0.5))
     assert smooth is not None
     assert (smooth.method, smooth.needs_pass, smooth.alpha) == ("smoothquant", False, 0.5)
 
@@ -45,7 +44,7 @@ def test_the_id_follows_what_changes_the_result() -> None:
     assert solver_id("gptq", max_co_batch_size=7) == solver_id("gptq")
     others = [
         solver_id("awq_full"),
-        solver_id("awq_lite", {"layers.0.up": INT4}),
+        solver_id("awq_lite", {"layers.0.up": INT4_AWQ}),
         solver_id("awq_lite", {"layers.0.up": NVFP4, "layers.1.up": NVFP4}),
         solver_id("gptq"),
         solver_id("gptq", perc_damp=0.1),
@@ -63,7 +62,7 @@ def test_the_id_follows_what_changes_the_result() -> None:
         (plan("mse"), r"algorithm 'mse'; supported: max, awq_lite"),
         (plan("smoothquant"), r"layers.0.up to nvfp4 in blocks of 16, which smoothquant can't.*: int8_sq"),
         (
-            plan("awq_lite", {"up": WeightFormat("int4_awq", 64)}),
+            plan("awq_lite", {"up": INT4_AWQ.with_blocks(64)}),
             r"blocks of 64, which awq_lite can't solve; supported: .*int4_awq in blocks of 128",
         ),
     ],

@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from stages.formats import grids
-from stages.formats.grids import FP8, INT4, INT8, NVFP4
+from stages.formats import FP8, INT4_AWQ, INT8_SQ, NVFP4, WeightFormat
+from stages.formats.quantized import Quantized, quantize, round_to_nearest
 from stages.solve import awq_clip, moments
 from stages.solve.moments import squared_error
 
@@ -20,10 +20,10 @@ def problem(columns: int = 256):
     return weights, inputs.mT @ inputs
 
 
-def clipped(format: grids.Format, weights: torch.Tensor, amax: torch.Tensor) -> grids.Quantized:
+def clipped(format: WeightFormat, weights: torch.Tensor, amax: torch.Tensor) -> Quantized:
     """The weights under what a search per block found."""
-    shared = grids.global_scale(format, weights)
-    return grids.quantize(format, weights, grids.scales_from_amax(format, amax, shared), shared)
+    shared = format.search_scale(weights)
+    return quantize(format, weights, format.scales_from_amax(amax, shared), shared)
 
 
 def test_ratios():
@@ -36,9 +36,7 @@ def test_tensor_takes_the_ratio_of_least_output_error():
     own = weights.abs().amax(dim=(1, 2), keepdim=True)
     for expert in range(2):
         losses = [
-            squared_error(grids.round_to_nearest(FP8, weights, own * ratio).dequantize() - weights, moment)[
-                expert
-            ]
+            squared_error(round_to_nearest(FP8, weights, own * ratio).dequantize() - weights, moment)[expert]
             for ratio in awq_clip.RATIOS
         ]
         best = awq_clip.RATIOS[int(torch.stack(losses).argmin())]
@@ -49,7 +47,7 @@ def test_tensor_takes_the_ratio_of_least_output_error():
 def test_nvfp4_tensor_clip_moves_the_global_scale():
     weights, moment = problem()
     solution = awq_clip.search_tensor(NVFP4, weights, moment)
-    clipped = grids.round_to_nearest(NVFP4, weights, solution.amax)
+    clipped = round_to_nearest(NVFP4, weights, solution.amax)
     error = squared_error(clipped.dequantize() - weights, moment)
     assert_close(solution.losses, error, **EXACT)
 
@@ -57,7 +55,7 @@ def test_nvfp4_tensor_clip_moves_the_global_scale():
 def test_nvfp4_block_clip_keeps_the_global_scale():
     weights, moment = problem()
     solution = awq_clip.search_block(NVFP4, weights, moment)
-    before = squared_error(grids.round_to_nearest(NVFP4, weights).dequantize() - weights, moment)
+    before = squared_error(round_to_nearest(NVFP4, weights).dequantize() - weights, moment)
     after = squared_error(clipped(NVFP4, weights, solution.amax).dequantize() - weights, moment)
     assert (after < 0.96 * before).all()
 
@@ -67,15 +65,15 @@ def test_a_block_by_hand():
     # 0.5.
     weights = torch.tensor([[[0.3, 127.0]]])
     moment = torch.tensor([[[10.0, 0.0], [0.0, 0.0]]])
-    solution = awq_clip.search_block(INT8, weights, moment)
+    solution = awq_clip.search_block(INT8_SQ, weights, moment)
     # Steps 0.5, 0.55, ..., 1.0: 0.3 rounds to one step up to 0.55 (error 0.2 at 0.5), and to none from 0.65
     # on.
     assert_close(solution.amax, torch.tensor([[[63.5]]]), **EXACT)
     assert_close(solution.losses, torch.tensor([[[0.4]]]))
-    assert clipped(INT8, weights, solution.amax).values.tolist() == [[[1.0, 127.0]]]
+    assert clipped(INT8_SQ, weights, solution.amax).values.tolist() == [[[1.0, 127.0]]]
 
 
-@pytest.mark.parametrize("format", [NVFP4, INT4])
+@pytest.mark.parametrize("format", [NVFP4, INT4_AWQ])
 def test_block_losses_add_up_to_the_error_under_a_block_diagonal_moment(format):
     weights, moment = problem()
     size = format.block_size
@@ -105,6 +103,6 @@ def test_after_scaling_it_judges_in_the_unscaled_inputs_terms():
     scale = torch.logspace(-1, 1, 256)
     site = moments.SiteStatistics(moment, torch.ones(2, 256), torch.tensor([9, 9]))
     solution = awq_clip.search_tensor(NVFP4, weights * scale, moments.scaled(site, scale).second_moment)
-    clipped = grids.round_to_nearest(NVFP4, weights * scale, solution.amax)
+    clipped = round_to_nearest(NVFP4, weights * scale, solution.amax)
     difference = clipped.dequantize() / scale - weights
     assert_close(solution.losses, squared_error(difference, moment), rtol=1e-4, atol=0)

@@ -3,8 +3,8 @@
 import torch
 from torch.testing import assert_close
 
-from stages.formats import grids
-from stages.formats.grids import INT4, NVFP4
+from stages.formats import INT4_AWQ, NVFP4
+from stages.formats.quantized import round_to_nearest
 from stages.solve import awq_lite, moments
 from stages.solve.awq_lite import Member
 from stages.solve.moments import SiteStatistics
@@ -56,7 +56,7 @@ def test_losses_are_the_mean_squared_output_error():
         scale = awq_lite.scale_for(
             torch.tensor([alpha]), inputs.abs().mean(0), awq_lite.weight_share(weights, 16)[0]
         )
-        quantized = grids.round_to_nearest(NVFP4, weights * scale).dequantize()[0]
+        quantized = round_to_nearest(NVFP4, weights * scale).dequantize()[0]
         error = (inputs / scale) @ quantized.T - inputs @ weights[0].T
         assert_close(solution.losses[index], error.square().mean(), rtol=1e-4, atol=0)
     assert solution.alpha == awq_lite.ALPHAS[int(solution.losses.argmin())]
@@ -131,5 +131,5 @@ def test_ties_and_snapping_hold_for_the_chosen_scale():
 def test_partial_blocks_are_weighed_as_blocks_of_their_own():
     weights = torch.zeros(1, 1, 130)
     weights[0, 0, 0], weights[0, 0, 128], weights[0, 0, 129] = 4.0, 1.0, 0.5
-    share = awq_lite.weight_share(weights, INT4.block_size)
+    share = awq_lite.weight_share(weights, INT4_AWQ.block_size)
     assert share[0, [0, 1, 128, 129]].tolist() == [1.0, 0.0, 1.0, 0.5]

@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from stages.formats import grids
-from stages.formats.grids import FP8, INT4, INT8, NVFP4
+from stages.formats import FP8, INT4_AWQ, INT8_SQ, NVFP4
+from stages.formats.quantized import quantize, round_to_nearest
 from stages.solve import gptq, moments
 from stages.solve.moments import squared_error
 
@@ -44,7 +44,7 @@ def test_a_block_by_hand():
     # 1.
     columns = torch.tensor([0.4, 1.4]).view(1, 2, 1)
     factor = torch.tensor([[[1.0, -0.5], [0.0, 2.0]]])
-    values, errors, best = gptq.quantize_block(columns, factor, torch.ones(1, 1, 1), INT4)
+    values, errors, best = gptq.quantize_block(columns, factor, torch.ones(1, 1, 1), INT4_AWQ)
     assert values.flatten().tolist() == [0.0, 2.0]
     assert_close(errors.flatten(), torch.tensor([0.4, -0.2]))
     assert best.tolist() == [[0]]
@@ -54,14 +54,14 @@ def test_the_candidate_with_least_compensated_error_is_kept():
     columns = torch.tensor([3.0, 1.0]).view(1, 2, 1)
     factor = torch.eye(2)[None]
     steps = torch.tensor([0.7, 1.0, 2.0]).view(3, 1, 1)
-    values, _, best = gptq.quantize_block(columns, factor, steps, INT4)
+    values, _, best = gptq.quantize_block(columns, factor, steps, INT4_AWQ)
     assert best.item() == 1
     assert values.flatten().tolist() == [3.0, 1.0]
 
 
 def test_candidate_scales_are_neighbouring_e4m3_values():
     shared = torch.ones(1, 1, 1)
-    candidates = gptq.candidate_scales(NVFP4, torch.tensor([[6.0, 6.0 * 2**-9, 6.0 * 448]]), shared)
+    candidates = NVFP4.candidates(torch.tensor([[6.0, 6.0 * 2**-9, 6.0 * 448]]), shared)
     assert candidates[:, 0].T.tolist() == [
         [0.8125, 0.875, 0.9375, 1.0, 1.125, 1.25],
         [2**-9, 2**-9, 2**-9, 2**-9, 2**-8, 3 * 2**-9],
@@ -69,30 +69,30 @@ def test_candidate_scales_are_neighbouring_e4m3_values():
     ]
 
 
-@pytest.mark.parametrize(("format", "share"), [(NVFP4, 0.5), (INT4, 0.5), (INT8, 0.6), (FP8, 0.6)])
+@pytest.mark.parametrize(("format", "share"), [(NVFP4, 0.5), (INT4_AWQ, 0.5), (INT8_SQ, 0.6), (FP8, 0.6)])
 def test_loses_less_than_rounding_to_nearest(format, share):
     weights, moment = problem()
-    nearest = squared_error(grids.round_to_nearest(format, weights).dequantize() - weights, moment)
+    nearest = squared_error(round_to_nearest(format, weights).dequantize() - weights, moment)
     solved = squared_error(gptq.solve(weights, moment, format).dequantize() - weights, moment)
     assert (solved < share * nearest).all()
 
 
-@pytest.mark.parametrize("format", [NVFP4, INT4, INT8, FP8])
+@pytest.mark.parametrize("format", [NVFP4, INT4_AWQ, INT8_SQ, FP8])
 def test_the_result_is_in_the_format(format):
     weights, moment = problem()
     solved = gptq.solve(weights, moment, format)
-    reference = grids.round_to_nearest(format, weights)
+    reference = round_to_nearest(format, weights)
     assert solved.scale.shape == reference.scale.shape
     assert solved.scale.dtype == reference.scale.dtype
-    assert_close(solved.global_scale, reference.global_scale, rtol=0, atol=0)
+    assert_close(solved.tensor_scale, reference.tensor_scale, rtol=0, atol=0)
     assert_close(format.round(solved.values), solved.values, rtol=0, atol=0)
     # Rounding the dequantized weights again under the stored scales gives the same values: packing loses
     # nothing.
-    again = grids.quantize(format, solved.dequantize(), solved.scale, solved.global_scale)
+    again = quantize(format, solved.dequantize(), solved.scale, solved.tensor_scale)
     assert_close(again.values, solved.values, rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("format", [NVFP4, INT8])
+@pytest.mark.parametrize("format", [NVFP4, INT8_SQ])
 def test_experts_are_solved_independently(format):
     weights, moment = problem()
     together = gptq.solve(weights, moment, format).dequantize()
@@ -100,7 +100,7 @@ def test_experts_are_solved_independently(format):
     assert_close(alone, together[1:], rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("format", [NVFP4, INT8])
+@pytest.mark.parametrize("format", [NVFP4, INT8_SQ])
 def test_chunks_of_experts_are_joined(format, monkeypatch):
     weights, moment = problem()
     whole = gptq.solve(weights, moment, format)
@@ -110,7 +110,7 @@ def test_chunks_of_experts_are_joined(format, monkeypatch):
     assert chunked.scale.shape == whole.scale.shape
 
 
-@pytest.mark.parametrize("format", [NVFP4, INT8, FP8])
+@pytest.mark.parametrize("format", [NVFP4, INT8_SQ, FP8])
 def test_chunks_of_rows_are_solved_independently(format, monkeypatch):
     weights, moment = problem()
     whole = gptq.solve(weights, moment, format).dequantize()

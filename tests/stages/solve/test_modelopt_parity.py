@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.testing import assert_close
 from transformers import AutoModelForCausalLM, LlamaConfig, PretrainedConfig, Qwen3Config
 
-from stages.formats.grids import INT4, NVFP4, Format
+from stages.formats import INT4_AWQ, NVFP4, WeightFormat
 from stages.solve import awq_lite, smoothquant
 from stages.solve.moments import SiteStatistics
 
@@ -21,7 +21,7 @@ SHAPE = {
 CONFIGS = [LlamaConfig(**SHAPE), Qwen3Config(**SHAPE)]
 # modelopt's fake quantization to NVFP4 needs a GPU.
 FORMATS = [
-    pytest.param(INT4, mtq.INT4_AWQ_CFG, "cpu", id="int4"),
+    pytest.param(INT4_AWQ, mtq.INT4_AWQ_CFG, "cpu", id="int4"),
     pytest.param(
         NVFP4,
         mtq.NVFP4_AWQ_LITE_CFG,
@@ -78,7 +78,7 @@ def inputs(model: nn.Module, run: Callable[[nn.Module], None]) -> dict[str, Tens
 
 @pytest.mark.parametrize("config", CONFIGS, ids=lambda config: config.model_type)
 @pytest.mark.parametrize(("weight_format", "recipe", "device"), FORMATS)
-def test_awq_lite_losses_and_alphas(config, weight_format: Format, recipe, device):
+def test_awq_lite_losses_and_alphas(config, weight_format: WeightFormat, recipe, device):
     model, run = build(config).to(device), forward_loop()
     seen = inputs(model, run)
     recipe = copy.deepcopy(recipe)

@@ -1,0 +1,115 @@
+"""NVFP4: e2m1 values in blocks of 16, an e4m3 scale per block and an f32 scale per tensor."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from stages.formats.grids import E2M1_MAX, E4M3_MAX, decode_e2m1, encode_e2m1, round_e2m1
+from stages.formats.quantized import constants
+from stages.formats.weight_format import StoredTensor, WeightFormat, by_modelopt, tensor_amax
+
+# modelopt keeps block scales between e4m3's smallest subnormal and its largest value: neither 0 nor NaN.
+E4M3_MIN = 2.0**-9
+# e4m3 codes that GPTQ tries, relative to that of amax / 6; one code is 6 to 12 %. The smaller ones clip.
+CODE_OFFSETS = (-3, -2, -1, 0, 1, 2)
+# The largest e4m3 code is 126 (448): 127 is NaN, 0 is zero.
+CODES = (1, 126)
+
+
+@dataclass(frozen=True)
+class Nvfp4(WeightFormat):
+    """W = e2m1(nibble) * weight_scale * weight_scale_2; two values a byte, the even column low."""
+
+    block_size: int = 16
+
+    name = "nvfp4"
+    grain = "block"
+    bound = E2M1_MAX
+    standard_block = 16
+    input_bound = E2M1_MAX * E4M3_MAX
+    scale_dtype = torch.float8_e4m3fn
+    tensor_leaf = "weight_scale_2"
+    shared_over = "engine groups"
+    solvers = frozenset({"awq_lite", "awq_clip", "awq_full", "gptq"})
+    engines = ("vllm", "sglang", "trtllm")
+
+    def stored(self, rows: int, columns: int) -> list[StoredTensor]:
+        return [
+            StoredTensor("weight", "U8", (rows, columns // 2)),
+            StoredTensor("weight_scale", "F8_E4M3", (rows, columns // self.block_size)),
+            StoredTensor("weight_scale_2", "F32", ()),
+        ]
+
+    def round(self, x: Tensor) -> Tensor:
+        return round_e2m1(x)
+
+    def search_scale(self, weights: Tensor, amax: Tensor | None = None) -> Tensor | None:
+        amax = tensor_amax(weights) if amax is None else amax.float()
+        return self.tensor_scale(amax).masked_fill_(~(amax > 0), 1.0)
+
+    def tensor_scale(self, amax: Tensor) -> Tensor:
+        return amax / (E2M1_MAX * E4M3_MAX)
+
+    def scales_from_amax(self, amax: Tensor, tensor_scale: Tensor | None) -> Tensor:
+        assert tensor_scale is not None
+        scale = amax / (E2M1_MAX * tensor_scale)
+        scale.masked_fill_(scale == 0, 1.0)
+        return scale.clamp_(E4M3_MIN, E4M3_MAX).to(torch.float8_e4m3fn)
+
+    def candidates(self, amax: Tensor, tensor_scale: Tensor | None) -> Tensor:
+        """Neighbours of amax / 6 among the values that e4m3 holds."""
+        assert tensor_scale is not None
+        # Neighbouring positive e4m3 values are neighbouring codes.
+        codes = self.scales_from_amax(amax, tensor_scale[..., 0]).view(torch.uint8).to(torch.int16)
+        offsets = torch.tensor(CODE_OFFSETS, dtype=torch.int16, device=amax.device)[:, None, None]
+        return (codes + offsets).clamp_(*CODES).to(torch.uint8).view(torch.float8_e4m3fn).float()
+
+    def error_on_gpu(self, weights: Tensor, scales: Tensor, tensor_scale: Tensor | None) -> Tensor | None:
+        from stages.kernels.nvfp4_error import scaled_difference
+
+        assert tensor_scale is not None
+        return scaled_difference(weights, scales, tensor_scale.flatten(1), torch.bfloat16)
+
+    def clip_on_gpu(
+        self, weights: Tensor, within: Tensor, tensor_scale: Tensor | None, ratios: Tensor
+    ) -> tuple[Tensor, Tensor] | None:
+        from stages.kernels.nvfp4_clip import clip_blocks
+
+        assert tensor_scale is not None
+        return clip_blocks(weights, within, tensor_scale.flatten(), ratios)
+
+    def gptq_on_gpu(
+        self, columns: Tensor, factor: Tensor, tensor_scale: Tensor | None, fixed: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor] | None:
+        from stages.kernels.gptq_block import solve_block
+
+        assert tensor_scale is not None
+        offsets = constants(CODE_OFFSETS, columns.device)
+        return solve_block(columns, factor, "nvfp4", tensor_scale.flatten(), offsets)
+
+    def block_scale(
+        self, weight: Tensor, tensor_scale: Tensor | None, block_amax: Tensor | None = None
+    ) -> Tensor | None:
+        """float8_e4m3fn `[N, K/16]`."""
+        if block_amax is not None:
+            return self.scales_from_amax(block_amax, tensor_scale)
+        from modelopt.torch.quantization.qtensor import NVFP4QTensor
+
+        scale: Tensor = NVFP4QTensor.get_weights_scaling_factor(weight, self.block_size, tensor_scale)[0]
+        return scale
+
+    def pack(self, weight: Tensor, tensor_scale: Tensor | None, block_scale: Tensor | None) -> Tensor:
+        """uint8 `[N, K/2]`."""
+        return by_modelopt(weight, block_scale, self.name, tensor_scale, self.block_size)
+
+    def encode(self, values: Tensor) -> Tensor:
+        return encode_e2m1(values)
+
+    def dequantize(self, stored: Mapping[str, Tensor]) -> Tensor:
+        steps = stored["weight_scale"].float() * stored["weight_scale_2"]
+        return (self.blocks(decode_e2m1(stored["weight"])) * steps[..., None]).flatten(-2)
+
+
+NVFP4 = Nvfp4()
