@@ -21,7 +21,7 @@ from stages.calibrate.observe.arrays import quantizer_sites
 from stages.calibrate.observe.relations import probe, relations
 from stages.model.folder import locate
 from stages.model.skeleton import Skeleton, load_config, refuse_quantized
-from stages.model.weights import largest_magnitude, read_tensor
+from stages.model.weights import largest_magnitude
 from stages.progress import Progress, Silent
 from stages.recipe.quantizers import plan_quantizers
 from stages.recipe.recipes import resolve
@@ -67,8 +67,9 @@ def capture(
             "no input quantizer of this model holds an amax; calibrate it with mtq.quantize first"
         )
     for module in skeleton.projections():
-        if f"{module}.weight" in tensors.tensors:  # a tied output head has no tensor of its own
-            weight = read_tensor(tensors, f"{module}.weight")
+        matrix = skeleton.matrix(module)
+        if matrix.tensor in tensors.tensors:  # a tied output head has no tensor of its own
+            weight = matrix.read(tensors)
             values[Site(module, "weight")] = largest_magnitude(weight.flatten()).numpy()
     widths = {site: value.shape[0] if value.ndim else None for site, value in values.items()}
     layout = Layout(arrays=arrange(widths, STATISTICS_OF), relations=relations(skeleton, found))

@@ -4,7 +4,7 @@ import json
 import mmap
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from math import prod
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -39,11 +39,15 @@ class TensorEntry:
 
 @dataclass(frozen=True)
 class Source:
-    """The tensors of a model folder, by hub name. Open it with `Source.open`."""
+    """The tensors of a model folder, by hub name. Open it with `Source.open`.
+
+    maps, private_maps: each file as `read` and as `private` give it.
+    """
 
     folder: Path
     tensors: dict[str, TensorEntry]
     maps: dict[str, memoryview]
+    private_maps: dict[str, memoryview] = field(default_factory=dict)
 
     @classmethod
     def open(cls, folder: Path | str) -> "Source":
@@ -83,10 +87,25 @@ class Source:
         Raises:
             InputError: there is no such tensor.
         """
+        entry = self._entry(name)
+        return self.maps[entry.file][entry.start : entry.start + entry.nbytes]
+
+    def private(self, name: str) -> memoryview:
+        """The bytes of a tensor in a private mapping, for code that takes nothing but writable memory: what
+        it writes is seen neither by `read` nor in the file. Nothing is copied until then.
+
+        Raises:
+            InputError: there is no such tensor.
+        """
+        entry = self._entry(name)
+        if entry.file not in self.private_maps:
+            self.private_maps[entry.file] = _map(self.folder / entry.file, mmap.ACCESS_COPY)
+        return self.private_maps[entry.file][entry.start : entry.start + entry.nbytes]
+
+    def _entry(self, name: str) -> TensorEntry:
         if name not in self.tensors:
             raise InputError(f"{self.folder} has no tensor {name}")
-        entry = self.tensors[name]
-        return self.maps[entry.file][entry.start : entry.start + entry.nbytes]
+        return self.tensors[name]
 
     def digest(self, name: str) -> str:
         """`BF16[4096,256] xxh3:...` of a tensor, as in `Identity.tensors`."""
@@ -103,10 +122,10 @@ class Source:
         return {name: found[name] for name in self.tensors}
 
 
-def _map(path: Path) -> memoryview:
+def _map(path: Path, access: int = mmap.ACCESS_READ) -> memoryview:
     try:
         with path.open("rb") as file:
-            return memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
+            return memoryview(mmap.mmap(file.fileno(), 0, access=access))
     except ValueError as error:
         raise InputError(f"{path} is empty") from error
     except OSError as error:

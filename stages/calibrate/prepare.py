@@ -60,8 +60,8 @@ def prepare(settings: CalibrateSettings, writer: RunWriter | None, progress: Pro
     solver = solver_of(quantizers)
     if solver is not None and solver.needs_pass:
         for module, weight in quantizers.weights.items():
-            name = f"{module}.weight"
-            weight.refuse(name, source.tensors[name].shape)
+            matrix = skeleton.matrix(module)
+            weight.refuse(matrix.tensor, matrix.shape(source.tensors))
     tokens = _tokens(settings, folder, writer, progress)
     identity = identify(folder, source, config, tokens, progress)
     here = environment(skeleton, device, settings.experts, settings.batch)

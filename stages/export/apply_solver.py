@@ -41,6 +41,10 @@ class Subject:
     quantizers: QuantizerPlan
     dtype: torch.dtype
 
+    def matrix_shape(self, module: str) -> tuple[int, int]:
+        """`(out, in)` of a module's weight."""
+        return self.skeleton.matrix(module).shape(self.source.tensors)
+
 
 @dataclass(frozen=True)
 class Applied:
@@ -97,7 +101,7 @@ def _solution(solved: Solved, subject: Subject, fold: Fold) -> Rescaling:
             f"recipe {quantizers.recipe.name!r} can't be exported with --fold none: {solved.solver.method} "
             "solved the weights as they are when folded; export with --fold auto"
         )
-    columns = {module: shapes[f"{module}.weight"][-1] for module in quantizers.weights}
+    columns = {module: subject.matrix_shape(module)[1] for module in quantizers.weights}
     return kept_apart(subject.dtype, folds, scales, norms, columns, quantizers.fused_experts)
 
 
@@ -131,7 +135,7 @@ def _packed_amax(rescaling: Rescaling, subject: Subject) -> dict[str, Tensor]:
     result = {}
     for module in rescaling.separate:
         if subject.quantizers.weights[module].tensor_leaf is not None:
-            weight = rescaling.to_pack(module, read_tensor(subject.source, f"{module}.weight"))
+            weight = rescaling.to_pack(module, subject.skeleton.matrix(module).read(subject.source))
             result[module] = largest_magnitude(weight.reshape(-1))
     return result
 
@@ -143,5 +147,5 @@ def _norm_tensors(folds: FoldMap, scales: Iterable[str], source: Source) -> dict
 
 def _largest_columns(modules: Iterable[str], subject: Subject) -> Tensor:
     """Largest |w| of each input channel, one row per module: `[modules, columns]`."""
-    weights = (read_tensor(subject.source, f"{module}.weight") for module in modules)
+    weights = (subject.skeleton.matrix(module).read(subject.source) for module in modules)
     return torch.stack([weight.to(subject.dtype).abs().amax(0) for weight in weights])

@@ -20,6 +20,7 @@ from stages.export.tensors import Ingredients
 from stages.export.unify import Policies
 from stages.export.units import Shard, assign_shards, check_engine_rules, check_widths, plan_units
 from stages.model.folder import locate
+from stages.model.matrices import StoredMatrix
 from stages.model.skeleton import Skeleton, load_config, refuse_quantized
 from stages.model.weights import TORCH_DTYPES
 from stages.progress import Progress
@@ -69,7 +70,8 @@ def plan_export(settings: ExportSettings, progress: Progress) -> ExportPlan:
     check_engine_rules(quantizers, run.layout.groups("engine_fused"), source.tensors)
     dtype = _dtype(skeleton, source)
     found = observed(run, quantizers)
-    _check_widths(found, source)
+    matrices = {module: skeleton.matrix(module) for module in quantizers.weights}
+    _check_widths(found, matrices, source)
     applied = apply_solver(solver, Subject(run, source, skeleton, quantizers, dtype), found, settings.fold)
     policies = Policies(settings.unseen, settings.conflict, settings.dead, settings.expert_input_scale)
     decisions = decide(
@@ -80,7 +82,9 @@ def plan_export(settings: ExportSettings, progress: Progress) -> ExportPlan:
         policies,
     )
     written = applied.rescaling.written
-    units = plan_units(source.tensors, quantizers, decisions.weights_only, written, SAFETENSORS_DTYPES[dtype])
+    units = plan_units(
+        source.tensors, quantizers, matrices, decisions.weights_only, written, SAFETENSORS_DTYPES[dtype]
+    )
     shards = assign_shards(units, settings.shard_size)
     hf_quant_config = quantizers.hf_quant_config
     if applied.solved is not None:
@@ -111,13 +115,13 @@ def plan_export(settings: ExportSettings, progress: Progress) -> ExportPlan:
     return ExportPlan(tuple(shards), ingredients, small, identity, report)
 
 
-def _check_widths(found: Observed, source: Source) -> None:
+def _check_widths(found: Observed, matrices: Mapping[str, StoredMatrix], source: Source) -> None:
     widths = {
         name.removesuffix(".input_quantizer"): amax.shape[0]
         for name, amax in found.inputs.items()
         if amax.dim() == 1
     }
-    check_widths(widths, source.tensors)
+    check_widths(widths, matrices, source.tensors)
 
 
 def _small_files(

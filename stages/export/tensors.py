@@ -13,6 +13,7 @@ from stages.export.shards import Bytes, TensorSpec
 from stages.export.solved import Solved
 from stages.export.units import Shard
 from stages.formats import WeightFormat
+from stages.model.matrices import StoredMatrix
 from stages.model.weights import largest_magnitude, read_tensor
 from state.errors import InputError
 from state.source import Source
@@ -50,18 +51,20 @@ class TensorMaker:
         for it.
         """
         unit, given = self.unit_of[spec.name], self.ingredients
-        if unit.source is None or spec.name in given.scales:
+        if spec.name in given.scales:
             return stored(given.scales[spec.name])
-        if unit.format is None:
+        if unit.source is not None:
             self._check(unit.source)
             return self._unquantized(unit.source)
+        assert unit.matrix is not None and unit.format is not None  # KV scales are among the scales
         module, _, leaf = spec.name.rpartition(".")
         if leaf == "pre_quant_scale":
             return stored_vector(given.rescaling.pre_quant_scale(module))
         if leaf == "weight":
-            self._check(unit.source)
+            for name in unit.matrix.tensors:
+                self._check(name)
         if spec.name not in self.pending:
-            self.pending = self._quantized(unit.format, module, leaf)
+            self.pending = self._quantized(unit.matrix, unit.format, module, leaf)
         return raw_bytes(self.pending.pop(spec.name))
 
     def _check(self, name: str) -> None:
@@ -76,7 +79,9 @@ class TensorMaker:
             return source.read(name)
         return raw_bytes(rescaling.to_store(name, read_tensor(source, name)))
 
-    def _quantized(self, weight_format: WeightFormat, module: str, leaf: str) -> dict[str, Tensor]:
+    def _quantized(
+        self, matrix: StoredMatrix, weight_format: WeightFormat, module: str, leaf: str
+    ) -> dict[str, Tensor]:
         """The weight or the block scales of a module; the scales beside the weight where they come after it
         in a shard, in which wide dtypes come first.
         """
@@ -84,7 +89,7 @@ class TensorMaker:
         rounded = solved.rounded(module, leaf) if solved is not None else None
         if rounded is not None:
             return {f"{module}.{leaf}": rounded}
-        weight = self._weight(module)
+        weight = self._weight(module, matrix)
         block_amax = solved.block_amax(module) if solved is not None else None
         tensor_scale = self.ingredients.scales.get(f"{module}.{weight_format.tensor_leaf}")
         scale = weight_format.block_scale(weight, tensor_scale, block_amax)
@@ -95,10 +100,10 @@ class TensorMaker:
             made = {f"{module}.weight": packed} | (made if later else {})
         return made
 
-    def _weight(self, module: str) -> Tensor:
+    def _weight(self, module: str, matrix: StoredMatrix) -> Tensor:
         """The weight as it is to be packed."""
         name, given = f"{module}.weight", self.ingredients
-        weight = read_tensor(given.source, name).to(given.rescaling.dtype)
+        weight = matrix.read(given.source).to(given.rescaling.dtype)
         largest = largest_magnitude(weight.reshape(-1))
         recorded = given.weight_amax[module]
         if not bool(largest.isfinite()):

@@ -10,6 +10,7 @@ from fnmatch import fnmatchcase
 
 from stages.export.shards import TensorSpec
 from stages.formats import WeightFormat
+from stages.model.matrices import StoredMatrix
 from stages.recipe.quantizers import QuantizerPlan
 from state.errors import InputError
 from state.source import TensorEntry
@@ -21,13 +22,15 @@ FLOAT_DTYPES = ("BF16", "F16", "F32")
 class Unit:
     """Output tensors that are made together and so share a shard.
 
-    source: the hub tensor they are made from, None for KV scales. format: None passes it through unchanged.
+    source: the hub tensor that passes through unchanged, None for weights and KV scales. matrix, format: of a
+    weight, what it is made from and what it becomes.
     """
 
     name: str
     source: str | None
-    format: WeightFormat | None
     outputs: tuple[TensorSpec, ...]
+    matrix: StoredMatrix | None = None
+    format: WeightFormat | None = None
 
     @property
     def nbytes(self) -> int:
@@ -53,6 +56,7 @@ class Shard:
 def plan_units(
     tensors: Mapping[str, TensorEntry],
     quantizers: QuantizerPlan,
+    matrices: Mapping[str, StoredMatrix],
     weights_only: Iterable[str] = (),
     pre_quant_scale: Container[str] = (),
     dtype: str = "BF16",
@@ -61,6 +65,7 @@ def plan_units(
 
     Args:
         tensors: the source, by hub name.
+        matrices: where the weight of each quantized module lies in it.
         weights_only: modules whose input scale a policy leaves out.
         pre_quant_scale: modules that a vector of this name is stored for, in `dtype`.
     Raises InputError naming the tensor for a weight that is missing, quantized already, or of a shape its
@@ -68,8 +73,11 @@ def plan_units(
     """
     refuse_quantized_tensors(tensors)
     without_input = set(weights_only)
-    owners = {f"{module}.weight": module for module in quantizers.weights}
-    missing = sorted(owners.keys() - tensors.keys())
+    modules_of: dict[str, list[str]] = {}
+    for module in sorted(quantizers.weights, key=natural):
+        modules_of.setdefault(matrices[module].tensor, []).append(module)
+    read = {name for module in quantizers.weights for name in matrices[module].tensors}
+    missing = sorted(read - tensors.keys())
     if missing:
         raise InputError(
             f"recipe {quantizers.recipe.name!r} quantizes {missing[0]}, which the source checkpoint does not "
@@ -78,20 +86,21 @@ def plan_units(
         )
     units = []
     for name in sorted(tensors, key=natural):
-        entry, module = tensors[name], owners.get(name)
-        if module is None:
-            units.append(Unit(name, name, None, (TensorSpec(name, entry.dtype, entry.shape),)))
-        else:
-            unit = _quantized_unit(module, entry, quantizers.weights[module])
+        entry = tensors[name]
+        if name not in modules_of:
+            units.append(Unit(name, name, (TensorSpec(name, entry.dtype, entry.shape),)))
+        for module in modules_of.get(name, ()):
+            matrix = matrices[module]
+            unit = _quantized_unit(module, matrix, tensors, quantizers.weights[module])
             extra = []
             if module in quantizers.inputs and module not in without_input:
                 extra.append(TensorSpec(f"{module}.input_scale", "F32", ()))
             if module in pre_quant_scale:
-                extra.append(TensorSpec(f"{module}.pre_quant_scale", dtype, entry.shape[1:]))
+                extra.append(TensorSpec(f"{module}.pre_quant_scale", dtype, matrix.shape(tensors)[1:]))
             units.append(replace(unit, outputs=(*unit.outputs, *extra)))
     for attention in sorted(quantizers.kv, key=natural):
         specs = tuple(TensorSpec(name, "F32", ()) for name in kv_scale_names(attention))
-        units.append(Unit(f"{attention}.kv", None, None, specs))
+        units.append(Unit(f"{attention}.kv", None, specs))
     _refuse_duplicates(units)
     return units
 
@@ -161,10 +170,12 @@ def check_engine_rules(
             )
 
 
-def check_widths(widths: Mapping[str, int], tensors: Mapping[str, TensorEntry]) -> None:
+def check_widths(
+    widths: Mapping[str, int], matrices: Mapping[str, StoredMatrix], tensors: Mapping[str, TensorEntry]
+) -> None:
     """Raise InputError where a module was observed with another number of channels than its weight has."""
     for module, width in widths.items():
-        columns = tensors[f"{module}.weight"].shape[-1]
+        columns = matrices[module].shape(tensors)[1]
         if width != columns:
             raise InputError(
                 f"{module}: the run observed {width} input channels, its weight has {columns}; "
@@ -178,18 +189,22 @@ def natural(name: str) -> list[tuple[int, int, str]]:
     return [(1, int(part), "") if part.isdigit() else (0, 0, part) for part in parts]
 
 
-def _quantized_unit(module: str, entry: TensorEntry, weight: WeightFormat) -> Unit:
-    if entry.dtype not in FLOAT_DTYPES or len(entry.shape) != 2:
+def _quantized_unit(
+    module: str, matrix: StoredMatrix, tensors: Mapping[str, TensorEntry], weight: WeightFormat
+) -> Unit:
+    entry = tensors[matrix.tensor]
+    axes = 2 if matrix.expert is None else 3
+    if (matrix.dequantizer is None and entry.dtype not in FLOAT_DTYPES) or len(entry.shape) != axes:
         raise InputError(
             f"{entry.name} is {entry.dtype}{list(entry.shape)}; only matrices in {', '.join(FLOAT_DTYPES)} "
             "can be quantized"
         )
-    rows, columns = entry.shape
-    weight.refuse(entry.name, (rows, columns))
+    rows, columns = matrix.shape(tensors)
+    weight.refuse(f"{module}.weight", (rows, columns))
     specs = tuple(
         TensorSpec(f"{module}.{leaf}", dtype, shape) for leaf, dtype, shape in weight.stored(rows, columns)
     )
-    return Unit(entry.name, entry.name, weight, specs)
+    return Unit(f"{module}.weight", None, specs, matrix, weight)
 
 
 def _refuse_duplicates(units: Sequence[Unit]) -> None:

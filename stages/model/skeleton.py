@@ -20,6 +20,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, Pre
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
+from stages.model.matrices import StoredMatrix
 from state.errors import InputError
 
 
@@ -154,6 +155,10 @@ class Skeleton:
                     "experts as nn.Linear)"
                 )
         return found
+
+    def matrix(self, module: str) -> StoredMatrix:
+        """Where the checkpoint keeps the weight of a linear, router or expert projection, by hub name."""
+        return StoredMatrix(f"{module}.weight")
 
     def projections(self) -> list[str]:
         """Hub names of all that has a weight: linears, routers and each expert's projections."""

@@ -2,8 +2,8 @@
 
 import numpy as np
 import torch
-from safetensors import safe_open
 
+from state.errors import InputError
 from state.source import Source
 
 TORCH_DTYPES = {
@@ -12,22 +12,38 @@ TORCH_DTYPES = {
     "F32": torch.float32,
     "F64": torch.float64,
 }
+"""Of the floats that a model computes in, by safetensors' name."""
+
+OTHER_DTYPES = {
+    "BOOL": torch.bool,
+    "U8": torch.uint8,
+    "I8": torch.int8,
+    "I16": torch.int16,
+    "I32": torch.int32,
+    "I64": torch.int64,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "F8_E8M0": torch.float8_e8m0fnu,
+}
 
 
 def read_tensor(source: Source, name: str) -> torch.Tensor:
-    """A float tensor in its stored dtype and shape, copied into memory of its own."""
-    entry = source.tensors[name]
-    raw = np.frombuffer(source.read(name), dtype=np.uint8).copy()
-    return torch.from_numpy(raw).view(TORCH_DTYPES[entry.dtype]).reshape(entry.shape)
+    """A tensor in its stored dtype and shape, copied into memory of its own."""
+    return map_tensor(source, name).clone()
 
 
 def map_tensor(source: Source, name: str) -> torch.Tensor:
     """A tensor in its stored dtype and shape, as a private mapping of the checkpoint: it takes no memory that
     can't be reclaimed.
+
+    Raises InputError for a dtype that torch does not have.
     """
-    with safe_open(source.folder / source.tensors[name].file, framework="pt") as handle:
-        mapped: torch.Tensor = handle.get_tensor(name)
-        return mapped
+    entry = source.tensors[name]
+    dtype = TORCH_DTYPES.get(entry.dtype) or OTHER_DTYPES.get(entry.dtype)
+    if dtype is None:
+        raise InputError(f"{name} is {entry.dtype}, which can't be read; give an unquantized model as MODEL")
+    raw = np.frombuffer(source.private(name), dtype=np.uint8)
+    return torch.from_numpy(raw).view(dtype).reshape(entry.shape)
 
 
 def largest_magnitude(values: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:

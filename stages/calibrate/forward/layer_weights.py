@@ -11,7 +11,6 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
-from safetensors import safe_open
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
@@ -20,6 +19,7 @@ from transformers.modeling_utils import LoadStateDictConfig
 from transformers.utils import logging as transformers_logging
 
 from stages.model.decoder import Decoder, LayerwiseUnsupported
+from stages.model.weights import map_tensor
 from state.source import Source
 
 OUTSIDE = -1
@@ -89,18 +89,17 @@ class Weights:
         """
         if not self.absent(part):
             return {}
-        files: dict[str, list[str]] = defaultdict(list)
-        for name in self._tensors[part]:
-            files[self._source.tensors[name].file].append(name)
-        tensors = {}
         with torch.cuda.stream(self._copies):
-            for file, names in files.items():
-                with safe_open(self._source.folder / file, framework="pt") as handle:
-                    for name in names:
-                        tensors[name] = self._fetch(handle.get_tensor(name))
+            tensors = {
+                name: self._fetch(map_tensor(self._source, name)) for name in self._in_file_order(part)
+            }
         if self._copies is not None:
             self._copies.synchronize()
         return tensors
+
+    def _in_file_order(self, part: Part) -> list[str]:
+        entries = [self._source.tensors[name] for name in self._tensors[part]]
+        return [entry.name for entry in sorted(entries, key=lambda entry: (entry.file, entry.start))]
 
     def _fetch(self, mapped: torch.Tensor) -> torch.Tensor:
         if self._copies is None:

@@ -14,6 +14,7 @@ from stages.export.shards import TensorSpec
 from stages.export.tensors import Ingredients, TensorMaker
 from stages.export.units import Shard, Unit
 from stages.formats import FP8, INT8_SQ, NVFP4, WeightFormat
+from stages.model.matrices import StoredMatrix
 from state.errors import IdentityMismatch, InputError
 from state.source import Source
 
@@ -40,8 +41,8 @@ def maker(
     }[weight_format]
     specs = tuple(TensorSpec(f"up.{leaf}", dtype, shape) for leaf, dtype, shape in parts)
     units = (
-        Unit("up.weight", "up.weight", weight_format, specs),
-        Unit("norm.weight", "norm.weight", None, (TensorSpec("norm.weight", "F32", (1,)),)),
+        Unit("up.weight", None, specs, StoredMatrix("up.weight"), weight_format),
+        Unit("norm.weight", "norm.weight", (TensorSpec("norm.weight", "F32", (1,)),)),
     )
     steps = {FP8: {"up.weight_scale": 448.0}, NVFP4: {"up.weight_scale_2": 2688.0}}.get(weight_format, {})
     scales = {name: torch.tensor(amax / step) for name, step in steps.items()}

@@ -6,6 +6,7 @@ import pytest
 
 from stages.export.shards import TensorSpec
 from stages.export.units import (
+    Unit,
     assign_shards,
     check_engine_rules,
     check_widths,
@@ -13,6 +14,7 @@ from stages.export.units import (
     plan_units,
 )
 from stages.formats import FP8, INT4_AWQ, INT8_SQ, NVFP4, W4A8_AWQ, WeightFormat
+from stages.model.matrices import StoredMatrix
 from stages.recipe.quantizers import QuantizerPlan
 from stages.recipe.recipes import Recipe
 from state.errors import InputError
@@ -26,13 +28,19 @@ def source(**tensors: tuple[str, tuple[int, ...]]) -> dict[str, TensorEntry]:
     }
 
 
+def planned(tensors: dict[str, TensorEntry], plan: QuantizerPlan, **options: Any) -> list[Unit]:
+    return plan_units(
+        tensors, plan, {name: StoredMatrix(f"{name}.weight") for name in plan.weights}, **options
+    )
+
+
 def quantizers(**fields: Any) -> QuantizerPlan:
     return QuantizerPlan(recipe=Recipe("test", [], "max", {}), **fields)
 
 
 def test_nvfp4_makes_four_tensors_of_one() -> None:
     plan = quantizers(weights={"up": NVFP4}, inputs={"up": "up.input_quantizer"})
-    (unit,) = plan_units(source(up__weight=("BF16", (8, 32))), plan)
+    (unit,) = planned(source(up__weight=("BF16", (8, 32))), plan)
     assert unit.outputs == (
         TensorSpec("up.weight", "U8", (8, 16)),
         TensorSpec("up.weight_scale", "F8_E4M3", (8, 2)),
@@ -44,7 +52,7 @@ def test_nvfp4_makes_four_tensors_of_one() -> None:
 
 def test_fp8_makes_three() -> None:
     plan = quantizers(weights={"up": FP8}, inputs={"up": "up.input_quantizer"})
-    (unit,) = plan_units(source(up__weight=("F32", (8, 30))), plan)
+    (unit,) = planned(source(up__weight=("F32", (8, 30))), plan)
     assert unit.outputs == (
         TensorSpec("up.weight", "F8_E4M3", (8, 30)),
         TensorSpec("up.weight_scale", "F32", ()),
@@ -64,15 +72,18 @@ def test_fp8_makes_three() -> None:
     ],
 )
 def test_integer_formats(weight: WeightFormat, expected: dict[str, tuple[str, tuple[int, ...]]]) -> None:
-    (unit,) = plan_units(source(up__weight=("BF16", (8, 256))), quantizers(weights={"up": weight}))
+    (unit,) = planned(source(up__weight=("BF16", (8, 256))), quantizers(weights={"up": weight}))
     found = {spec.name.removeprefix("up."): (spec.dtype, spec.shape) for spec in unit.outputs}
     assert found == expected
 
 
 def test_a_separate_scale_is_a_vector_beside_its_weight() -> None:
     plan = quantizers(weights={"up": NVFP4, "down": NVFP4})
-    units = plan_units(
-        source(up__weight=("F32", (8, 32)), down__weight=("F32", (8, 32))), plan, (), {"up"}, "F16"
+    units = planned(
+        source(up__weight=("F32", (8, 32)), down__weight=("F32", (8, 32))),
+        plan,
+        pre_quant_scale={"up"},
+        dtype="F16",
     )
     names = {spec.name: (spec.dtype, spec.shape) for unit in units for spec in unit.outputs}
     assert names["up.pre_quant_scale"] == ("F16", (32,))
@@ -82,22 +93,20 @@ def test_a_separate_scale_is_a_vector_beside_its_weight() -> None:
 def test_int4_needs_pairs_of_rows() -> None:
     plan = quantizers(weights={"up": INT4_AWQ})
     with pytest.raises(InputError, match=r"up\.weight has 7 rows, of which int4_awq packs two into a byte"):
-        plan_units(source(up__weight=("BF16", (7, 128))), plan)
+        planned(source(up__weight=("BF16", (7, 128))), plan)
 
 
 def test_inputs_left_out_have_no_scale() -> None:
     tensors = source(up__weight=("BF16", (8, 32)))
-    by_recipe = plan_units(tensors, quantizers(weights={"up": NVFP4}))
-    by_policy = plan_units(
-        tensors, quantizers(weights={"up": NVFP4}, inputs={"up": "q"}), weights_only=["up"]
-    )
+    by_recipe = planned(tensors, quantizers(weights={"up": NVFP4}))
+    by_policy = planned(tensors, quantizers(weights={"up": NVFP4}, inputs={"up": "q"}), weights_only=["up"])
     assert by_recipe == by_policy
     assert "up.input_scale" not in {spec.name for spec in by_recipe[0].outputs}
 
 
 def test_everything_else_passes_through_and_caches_get_scales() -> None:
     tensors = source(norm__weight=("BF16", (4,)), ids=("I64", (2,)))
-    units = plan_units(tensors, quantizers(kv={"layers.0.self_attn": "fp8"}))
+    units = planned(tensors, quantizers(kv={"layers.0.self_attn": "fp8"}))
     assert [(unit.source, unit.format) for unit in units] == [
         ("ids", None),
         ("norm.weight", None),
@@ -121,7 +130,7 @@ def test_natural_order() -> None:
 
 
 class TestShards:
-    UNITS = plan_units(source(a=("U8", (6,)), b=("U8", (4,)), c=("U8", (5,)), d=("U8", (20,))), quantizers())
+    UNITS = planned(source(a=("U8", (6,)), b=("U8", (4,)), c=("U8", (5,)), d=("U8", (20,))), quantizers())
 
     def test_one_has_the_plain_name(self) -> None:
         (shard,) = assign_shards(self.UNITS, 35)
@@ -141,32 +150,32 @@ class TestRefused:
         with pytest.raises(
             InputError, match=r"up\.weight has 24 input channels, which nvfp4 blocks of 16 do not divide"
         ):
-            plan_units(source(up__weight=("BF16", (8, 24))), quantizers(weights={"up": NVFP4}))
+            planned(source(up__weight=("BF16", (8, 24))), quantizers(weights={"up": NVFP4}))
 
     @pytest.mark.parametrize(("dtype", "shape"), [("I32", (8, 32)), ("BF16", (4, 8, 32)), ("BF16", (32,))])
     def test_weights_that_are_no_float_matrix(self, dtype: str, shape: tuple[int, ...]) -> None:
         with pytest.raises(InputError, match=r"up\.weight is .*only matrices"):
-            plan_units(source(up__weight=(dtype, shape)), quantizers(weights={"up": NVFP4}))
+            planned(source(up__weight=(dtype, shape)), quantizers(weights={"up": NVFP4}))
 
     def test_a_weight_the_source_does_not_hold(self) -> None:
         with pytest.raises(
             InputError, match=r"'test' quantizes lm_head\.weight, which the source checkpoint does not hold"
         ):
-            plan_units(source(norm__weight=("BF16", (4,))), quantizers(weights={"lm_head": FP8}))
+            planned(source(norm__weight=("BF16", (4,))), quantizers(weights={"lm_head": FP8}))
 
     @pytest.mark.parametrize("name", ["up__weight_scale", "up__weight_scale_inv", "up__weight_packed"])
     def test_a_quantized_source_by_its_scales(self, name: str) -> None:
         with pytest.raises(InputError, match="the source is already quantized"):
-            plan_units(source(**{name: ("BF16", (4,))}), quantizers())
+            planned(source(**{name: ("BF16", (4,))}), quantizers())
 
     def test_a_quantized_source_by_its_dtype(self) -> None:
         with pytest.raises(InputError, match=r"already quantized \(up\.weight is F8_E4M3\)"):
-            plan_units(source(up__weight=("F8_E4M3", (4, 4))), quantizers())
+            planned(source(up__weight=("F8_E4M3", (4, 4))), quantizers())
 
     def test_a_name_taken_already(self) -> None:
         plan = quantizers(weights={"up": NVFP4}, inputs={"up": "q"})
         with pytest.raises(InputError, match=r"already holds up\.input_scale"):
-            plan_units(source(up__weight=("BF16", (8, 32)), up__input_scale=("F32", ())), plan)
+            planned(source(up__weight=("BF16", (8, 32)), up__input_scale=("F32", ())), plan)
 
     def test_part_of_a_fused_group(self) -> None:
         tensors = source(q__weight=("BF16", (8, 32)), k__weight=("BF16", (8, 32)))
@@ -187,4 +196,4 @@ class TestRefused:
 
     def test_statistics_of_another_width(self) -> None:
         with pytest.raises(InputError, match="q: the run observed 16 input channels, its weight has 32"):
-            check_widths({"q": 16}, source(q__weight=("BF16", (8, 32))))
+            check_widths({"q": 16}, {"q": StoredMatrix("q.weight")}, source(q__weight=("BF16", (8, 32))))

@@ -1,0 +1,83 @@
+"""Where the `[out, in]` matrix of a module lies in the checkpoint, and how it is read from there.
+
+Mostly it is a tensor of its own, whole. A checkpoint may also hold the matrices of several modules in one
+tensor, by expert or by rows, and store them transposed or quantized. Whoever needs a weight as the checkpoint
+has it reads it through a `StoredMatrix`; nobody else knows the layout.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from stages.model.dequantize import Dequantizer
+from stages.model.weights import map_tensor
+from state.source import Source, TensorEntry
+
+
+@dataclass(frozen=True)
+class StoredMatrix:
+    """A matrix, or where it is part of a tensor: index the expert, dequantize, transpose, then take the rows.
+
+    Attributes:
+        tensor: the hub tensor, `[out, in]` where nothing else is said.
+        expert: index into the first axis of a tensor that holds all experts.
+        transposed: the last two axes are stored as `[in, out]`.
+        first, stride, count: the rows, of those that the tensor holds for this expert: from `first`, every
+            `stride`-th (2 where gate and up are interleaved), `count` of them (None: to the end).
+        dequantizer: makes numbers of the stored codes.
+    """
+
+    tensor: str
+    expert: int | None = None
+    transposed: bool = False
+    first: int = 0
+    stride: int = 1
+    count: int | None = None
+    dequantizer: Dequantizer | None = None
+
+    @property
+    def tensors(self) -> tuple[str, ...]:
+        """Every hub tensor that it is made from."""
+        return (self.tensor,) if self.dequantizer is None else (self.tensor, *self.dequantizer.tensors)
+
+    def shape(self, tensors: Mapping[str, TensorEntry]) -> tuple[int, int]:
+        """`(out, in)`."""
+        stored = tensors[self.tensor].shape
+        rows, columns = stored[-2:]
+        if self.dequantizer is not None:
+            rows, columns = self.dequantizer.shape(rows, columns)
+        if self.transposed:
+            rows, columns = columns, rows
+        return len(range(rows)[self._rows]), columns
+
+    def read(self, source: Source) -> Tensor:
+        """The matrix `[out, in]` in memory of its own; as stored, or as the dequantizer gives it."""
+        return self._view(source).clone(memory_format=torch.contiguous_format)
+
+    def _view(self, source: Source) -> Tensor:
+        matrix = map_tensor(source, self.tensor)
+        if self.expert is not None:
+            matrix = matrix[self.expert]
+        if self.dequantizer is not None:
+            matrix = self.dequantizer.dequantize(matrix, source, self.expert)
+        if self.transposed:
+            matrix = matrix.mT
+        return matrix[self._rows]
+
+    @property
+    def _rows(self) -> slice:
+        stop = None if self.count is None else self.first + self.count * self.stride
+        return slice(self.first, stop, self.stride)
+
+
+def read_stacked(source: Source, matrices: Sequence[StoredMatrix]) -> Tensor:
+    """Matrices of one shape and dtype, such as a projection of every expert: `[len(matrices), out, in]`, each
+    equal to its `read`. Every byte is copied once.
+    """
+    first = matrices[0]._view(source)
+    stacked = torch.empty(len(matrices), *first.shape, dtype=first.dtype)
+    for position, matrix in enumerate(matrices):
+        stacked[position] = matrix._view(source)
+    return stacked
