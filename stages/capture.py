@@ -25,11 +25,13 @@ from stages.model.weights import largest_magnitude, read_tensor
 from stages.progress import Progress, Silent
 from stages.recipe.quantizers import plan_quantizers
 from stages.recipe.recipes import resolve
+from state.claim import create_run
 from state.errors import InputError
-from state.layout import Layout, Role, Site, arrange
+from state.head import Cursor
+from state.layout import Layout, arrange
+from state.names import Role, Site
 from state.record import RunRecord, SourceDescription
 from state.source import Source
-from state.store import Cursor, RunWriter
 from state.update import Generation, Update
 
 STATISTICS_OF: dict[Role, tuple[str, ...]] = {
@@ -79,7 +81,7 @@ def capture(
         source=SourceDescription(model=source),
         generator={"holdfast": version("holdfast"), "modelopt": version("nvidia-modelopt")},
     )
-    with RunWriter.create(run, record, NO_TOKENS) as writer:
+    with create_run(run, record, NO_TOKENS) as writer:
         writer.commit(Update(Cursor(), True, Generation(layout, _arrays(layout, values))))
     return Path(run)
 

@@ -11,7 +11,7 @@ from typing import Any, Literal, cast, get_args
 from stages.recipe.quantizers import QuantizerPlan
 from state.errors import InputError
 from state.identity import digest_json
-from state.layout import split_name
+from state.names import split_name
 
 Method = Literal["awq_lite", "awq_clip", "awq_full", "gptq", "smoothquant"]
 

@@ -13,8 +13,8 @@ from click.testing import Result
 from safetensors import safe_open
 from typer.testing import CliRunner
 
-import state
 from pipeline.cli import app
+from state.reader import open_run
 
 runner = CliRunner(env={"COLUMNS": "200", "MAKELEVEL": None})
 
@@ -68,7 +68,7 @@ def test_3_the_same_command_goes_on(demo: Path, folder: Path) -> None:
     assert f"holdfast export {folder / 'run'} exports/run-nvfp4" in done.stdout
     assert "model.layers.1.mlp.experts.5" in done.stdout
     assert calibrate(demo, folder / "whole").exit_code == 0
-    resumed, whole = state.open(folder / "run").generation(), state.open(folder / "whole").generation()
+    resumed, whole = open_run(folder / "run").generation(), open_run(folder / "whole").generation()
     assert resumed.arrays.keys() == whole.arrays.keys()
     for name, values in whole.arrays.items():
         assert resumed.arrays[name].tobytes() == values.tobytes(), name
