@@ -1,8 +1,8 @@
 """The rescue: a model that modelopt calibrated, still in memory, becomes a run that can be exported again and
 again.
 
-    from stages.capture import capture
-    capture(model, source="path/to/the/unquantized/model", run="runs/rescued", recipe="nvfp4")
+    import holdfast
+    holdfast.capture(model, source="path/to/the/unquantized/model", run="runs/rescued", recipe="nvfp4")
 
 Whatever modelopt's exporter refuses afterwards (`Only support scalar input quant amax`), the calibration is
 no longer lost with the process. Reads modelopt's quantizer attributes; checked against modelopt 0.47.

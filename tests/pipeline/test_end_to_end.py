@@ -149,12 +149,17 @@ def test_a_missing_model_or_text_exits_2(demo: Path, tmp_path: Path) -> None:
     assert not (tmp_path / "run").exists()
 
 
-def test_9_the_readme_s_programs_run(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_9_the_readme_s_programs_run(
+    demo: Path, folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     readme = (Path(__file__).parent.parent.parent / "README.md").read_text(encoding="utf-8")
     programs = re.findall(r"```python\n(.*?)```", readme, flags=re.DOTALL)
-    assert len(programs) == 2
+    assert len(programs) == 3
+    (folder / "demo").symlink_to(demo)
+    monkeypatch.chdir(folder)
     for program in programs:
-        exec(program.replace("runs/demo", str(folder / "run")), {})
+        exec(program.replace("runs/demo", "run"), {})
     shown = capsys.readouterr().out.splitlines()
     assert shown[0] == "('layer', 'expert', 'channel') (4, 32, 64)"
     assert float(shown[1]) > 0
+    assert (folder / "exports/small-fp8/config.json").exists()
