@@ -26,7 +26,7 @@ PYTHON  ?= $(shell for python in $(NEWEST); do \
 READY   := $(VENV)/.holdfast-ready
 
 .DEFAULT_GOAL := help
-.PHONY: help calibrate export status test lint crash-test bench clean
+.PHONY: help calibrate export status test test-long lint crash-test bench clean
 
 help:  ## this list
 	@echo "Holdfast: crash-safe post-training quantization for Hugging Face models"; echo
@@ -64,6 +64,9 @@ status: $(READY)  ## how far RUN is, also while it calibrates
 
 test: $(READY)  ## all tests but the long ones
 	@$(VENV)/bin/python -m pytest $(ARGS)
+
+test-long: $(READY)  ## the long tests alone: the wheel in an environment of its own
+	@$(VENV)/bin/python -m pytest -m long $(ARGS)
 
 lint: $(READY)  ## ruff and mypy
 	@$(VENV)/bin/ruff check .

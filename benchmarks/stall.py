@@ -23,9 +23,11 @@ from stages.calibrate.observe.accumulate import Accumulators
 from stages.calibrate.observe.arrays import STATISTICS_OF
 from stages.calibrate.schedule.whole import forward
 from state.background import BackgroundWriter
+from state.claim import create_run
 from state.head import Cursor
 from state.identity import Environment, Identity, tokens_digest
-from state.layout import Layout, Site, arrange
+from state.layout import Layout, arrange
+from state.names import Site
 from state.record import RunRecord, SourceDescription
 from state.store import RunWriter
 from state.update import Generation, Update
@@ -189,4 +191,4 @@ def _empty_run(path: Path) -> RunWriter:
         source=SourceDescription(model="simulated"),
         generator={},
     )
-    return RunWriter.create(path, record, tokens)
+    return create_run(path, record, tokens)

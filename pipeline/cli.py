@@ -290,6 +290,6 @@ def _terminated(_number: int, _frame: FrameType | None) -> NoReturn:
 
 
 def main() -> None:
-    """Entry point of `holdfast` and `python -m pipeline`."""
+    """Entry point of `holdfast` and `python -m holdfast`."""
     signal.signal(signal.SIGTERM, _terminated)
     app()

@@ -5,14 +5,13 @@ from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 
-import state
 from pipeline.commands import calibrate_command, export_command
 from pipeline.progress import duration
 from pipeline.tables import coverage_rows, print_rows
 from stages.calibrate.summary import Coverage, measure_coverage
 from state.errors import InputError
 from state.objects import solutions
-from state.reader import Calibration
+from state.reader import Calibration, open_run
 
 ATTEMPTS = 5
 
@@ -51,7 +50,7 @@ def look(run: Path) -> Status:
     """
     for attempt in range(ATTEMPTS):
         try:
-            return _read(state.open(run, verify=False))
+            return _read(open_run(run, verify=False))
         except InputError:
             # A commit that a running calibration collected under our eyes is opened anew.
             if attempt == ATTEMPTS - 1 or not (run / "HEAD").exists():

@@ -1,8 +1,8 @@
 """The rescue: a model that modelopt calibrated, still in memory, becomes a run that can be exported again and
 again.
 
-    from stages.capture import capture
-    capture(model, source="path/to/the/unquantized/model", run="runs/rescued", recipe="nvfp4")
+    import holdfast
+    holdfast.capture(model, source="path/to/the/unquantized/model", run="runs/rescued", recipe="nvfp4")
 
 Whatever modelopt's exporter refuses afterwards (`Only support scalar input quant amax`), the calibration is
 no longer lost with the process. Reads modelopt's quantizer attributes; checked against modelopt 0.47.
@@ -25,11 +25,13 @@ from stages.model.weights import largest_magnitude
 from stages.progress import Progress, Silent
 from stages.recipe.quantizers import plan_quantizers
 from stages.recipe.recipes import resolve
+from state.claim import create_run
 from state.errors import InputError
-from state.layout import Layout, Role, Site, arrange
+from state.head import Cursor
+from state.layout import Layout, arrange
+from state.names import Role, Site
 from state.record import RunRecord, SourceDescription
 from state.source import Source
-from state.store import Cursor, RunWriter
 from state.update import Generation, Update
 
 STATISTICS_OF: dict[Role, tuple[str, ...]] = {
@@ -80,7 +82,7 @@ def capture(
         source=SourceDescription(model=source),
         generator={"holdfast": version("holdfast"), "modelopt": version("nvidia-modelopt")},
     )
-    with RunWriter.create(run, record, NO_TOKENS) as writer:
+    with create_run(run, record, NO_TOKENS) as writer:
         writer.commit(Update(Cursor(), True, Generation(layout, _arrays(layout, values))))
     return Path(run)
 

@@ -1,11 +1,8 @@
 """Every error a person can meet, with the exit code that `holdfast` returns for it."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    from state.identity import Difference
 
 
 class HoldfastError(Exception):
@@ -41,12 +38,25 @@ class OutOfSpace(InputError):
         self.reason = reason
 
 
+@dataclass(frozen=True)
+class Difference:
+    """One field with two values; None where the field does not exist."""
+
+    field: str
+    stored: str | None
+    current: str | None
+
+    def __str__(self) -> str:
+        stored, current = ("absent" if one is None else one for one in (self.stored, self.current))
+        return f"{self.field}: stored {stored}, now {current}"
+
+
 class IdentityMismatch(HoldfastError):
     """What is stored was made from other content, or in another environment, than what is given now."""
 
     exit_code = 3
 
-    def __init__(self, message: str, differences: "Sequence[Difference]") -> None:
+    def __init__(self, message: str, differences: Sequence[Difference]) -> None:
         super().__init__(message)
         self.differences = tuple(differences)
 

@@ -8,8 +8,8 @@ from typing import Any
 from pydantic import ValidationError
 
 from state.errors import InputError
+from state.frozen import Frozen
 from state.identity import Environment, canonical_json, digest_json
-from state.layout import Frozen
 
 FORMAT = 1
 HEAD = "HEAD"

@@ -5,7 +5,6 @@ Paths, times and log levels are no part of it. Digests are xxh3_128, written `xx
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -13,8 +12,8 @@ import xxhash
 from numpy.typing import NDArray
 
 from state.durable import Bytes
-from state.errors import IdentityMismatch
-from state.layout import Frozen
+from state.errors import Difference, IdentityMismatch
+from state.frozen import Frozen
 
 # Written by the library that saved the config, not part of the model.
 IGNORED_CONFIG = frozenset({"transformers_version", "_name_or_path"})
@@ -118,22 +117,6 @@ class Environment(Frozen):
     dtype: str
     batch: int
     threads: int
-
-
-@dataclass(frozen=True)
-class Difference:
-    """One field with two values; None where the field does not exist."""
-
-    field: str
-    stored: str | None
-    current: str | None
-
-    def __str__(self) -> str:
-        return f"{self.field}: stored {_shown(self.stored)}, now {_shown(self.current)}"
-
-
-def _shown(value: str | None) -> str:
-    return "absent" if value is None else value
 
 
 def differences(stored: Identity | Environment, current: Identity | Environment) -> list[Difference]:

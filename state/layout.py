@@ -1,85 +1,19 @@
-"""Where a site's statistics are: sites of equal pattern and shape share one array per statistic.
+"""Where a site's statistics are: sites of equal pattern and shape share one array per statistic."""
 
-A pattern is a module name with `L` for the layer number and `E` for the expert number:
-`model.layers.3.mlp.experts.17.up_proj` is layer 3, expert 17 of `model.layers.L.mlp.experts.E.up_proj`.
-"""
-
-import re
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
 from difflib import get_close_matches
-from functools import cache, cached_property
+from functools import cached_property
 from itertools import chain
 from typing import Literal, Self
 
-from pydantic import BaseModel, ConfigDict, model_validator
+from pydantic import Field, model_validator
 
 from state.errors import InputError
+from state.frozen import Frozen
+from state.names import Role, Site, has_expert, has_layer, join_name, split_key, split_name
 from state.statistics import STATISTICS
 
-Role = Literal["input", "k", "v", "weight"]
 RelationKind = Literal["same_input", "norm_consumers", "engine_fused"]
-
-NUMBER = re.compile(r"0|[1-9][0-9]*")
-
-
-@dataclass(frozen=True, order=True)
-class Site:
-    """A place where something is measured: a module's input, its weight, or K or V of an attention module.
-
-    `module` is a hub name, such as `model.layers.3.mlp.experts.17.up_proj`.
-    """
-
-    module: str
-    role: Role
-
-
-@cache
-def split_name(module: str) -> tuple[str, int | None, int | None]:
-    """Split a name into (pattern, layer, expert).
-
-    The number after a component `experts`, or after one that ends in `_quantizers` (modelopt's per-expert
-    lists), is the expert; the first other number is the layer; further numbers stay as they are.
-
-    Raises:
-        InputError: a component is literally `L` or `E`, which a pattern could not tell apart.
-    """
-    layer: int | None = None
-    expert: int | None = None
-    parts: list[str] = []
-    for part in module.split("."):
-        previous = parts[-1] if parts else ""
-        if part in ("L", "E"):
-            raise InputError(
-                f"module name {module!r} has a component {part!r}, which patterns use for a number"
-            )
-        if NUMBER.fullmatch(part):
-            if expert is None and (previous == "experts" or previous.endswith("_quantizers")):
-                expert, part = int(part), "E"
-            elif layer is None:
-                layer, part = int(part), "L"
-        parts.append(part)
-    return ".".join(parts), layer, expert
-
-
-def join_name(pattern: str, layer: int | None = None, expert: int | None = None) -> str:
-    """The name of which `split_name` gives (pattern, layer, expert)."""
-    numbers = {"L": layer, "E": expert}
-    return ".".join(str(numbers[part]) if part in numbers else part for part in pattern.split("."))
-
-
-def has_layer(pattern: str) -> bool:
-    return "L" in pattern.split(".")
-
-
-def has_expert(pattern: str) -> bool:
-    return "E" in pattern.split(".")
-
-
-class Frozen(BaseModel):
-    """Pydantic settings of everything that is stored: immutable, and nothing unknown is accepted."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
 
 class SiteArray(Frozen):
@@ -163,8 +97,8 @@ class Layout(Frozen):
     """
 
     arrays: tuple[SiteArray, ...] = ()
-    aliases: dict[str, str] = {}
-    quantizers: dict[str, tuple[str, ...]] = {}
+    aliases: dict[str, str] = Field(default_factory=dict)
+    quantizers: dict[str, tuple[str, ...]] = Field(default_factory=dict)
     relations: tuple[Relation, ...] = ()
 
     @model_validator(mode="after")
@@ -257,14 +191,6 @@ class Layout(Frozen):
             join_name(split_key(key)[0], layer or 0, expert or 0) + f" ({split_key(key)[1]})" for key in near
         )
         return "Near names: " + (", ".join(names) or "none") + "."
-
-
-def split_key(key: str) -> tuple[str, Role]:
-    """`<pattern>.<role>` -> (pattern, role)."""
-    pattern, _, role = key.rpartition(".")
-    if role not in ("input", "k", "v", "weight"):
-        raise ValueError(f"{key!r} does not end in a role")
-    return pattern, role  # type: ignore[return-value]
 
 
 def arrange(

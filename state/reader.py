@@ -1,4 +1,4 @@
-"""Read a run: `state.open("runs/name").amax("model.layers.3.self_attn.q_proj.input_quantizer")`."""
+"""Read a run: `holdfast.open("runs/name").amax("model.layers.3.self_attn.q_proj.input_quantizer")`."""
 
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -15,7 +15,8 @@ from numpy.typing import NDArray
 from state.durable import Disk
 from state.errors import DamagedStore, InputError
 from state.head import Head
-from state.layout import Layout, Role, Site, SiteArray, join_name, split_key, split_name
+from state.layout import Layout, SiteArray
+from state.names import Role, Site, join_name, split_key, split_name
 from state.objects import ZARR, BrokenObject, VerifiedStore, read_object
 from state.record import RunRecord
 from state.recovery import Found, find_head

@@ -4,8 +4,8 @@ import json
 
 from pydantic import JsonValue
 
+from state.frozen import Frozen
 from state.identity import Environment, Identity
-from state.layout import Frozen
 
 
 class SourceDescription(Frozen):

@@ -1,4 +1,4 @@
-"""The writer of a run: create, resume, commit.
+"""The writer of a run: begin, resume, commit.
 
     runs/NAME/
       HEAD                    pointer; the only file ever replaced
@@ -14,7 +14,7 @@ import json
 import os
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 from types import TracebackType
@@ -24,35 +24,23 @@ import numpy as np
 from numpy.typing import NDArray
 
 from state.durable import Disk
-from state.errors import InputError, OutOfSpace
+from state.errors import OutOfSpace
 from state.head import HEAD, HEADS, Cursor, Head
-from state.identity import Environment, tokens_digest
+from state.identity import Environment
 from state.objects import ZARR, ObjectWriter, read_object
 from state.record import RunRecord
-from state.recovery import Found, collect, find_head, older_heads, published, retained
-from state.update import Generation, Solution, Update, check_update, put_update
-
-__all__ = [
-    "Claim",
-    "Cursor",
-    "Generation",
-    "Head",
-    "RunRecord",
-    "RunWriter",
-    "Solution",
-    "Update",
-    "published",
-]
+from state.recovery import Found, collect, find_head, older_heads, retained
+from state.update import Update, check_update, put_update
 
 LOCK = ".lock"
 RECORD = "run.json"
 EVENTS = "events.jsonl"
-OWN_NAMES = frozenset({HEAD, f"{HEAD}.tmp", HEADS, ZARR, RECORD, EVENTS, LOCK, "activations"})
 TOKENS_PER_CHUNK = 2**22
 
 
 class RunWriter:
-    """The one writer of a run; holds the run's lock until closed. Get one by `create` or `resume`.
+    """The one writer of a run; holds the run's lock until closed. Get one by `create_run` of
+    state/claim.py, or by `resume`.
 
     Attributes:
         path: the run.
@@ -74,19 +62,28 @@ class RunWriter:
         self._held = held
 
     @classmethod
-    def create(
-        cls, path: Path | str, record: RunRecord, tokens: NDArray[np.int32], disk: Disk | None = None
+    def begin(
+        cls, path: Path, disk: Disk, record: RunRecord, tokens: NDArray[np.int32], held: ExitStack
     ) -> "RunWriter":
-        """Make a new run with its tokens and no statistics yet, in place of what a creation cut short left.
-
-        Args:
-            tokens: int32 [windows, seq], with the digest that `record.identity` has.
-
-        Raises:
-            InputError, RunBusy, OutOfSpace: see `Claim`.
-        """
-        with Claim(path, disk) as claim:
-            return claim.create(record, tokens)
+        """Write the first commit of a new run, its record and tokens, at a place whose lock `held` holds."""
+        writer = cls(path, disk, record, held)
+        with _closed_on_error(writer):
+            objects = ObjectWriter(path, disk)
+            encoded = record.encode()
+            with _needing(tokens.nbytes + len(encoded)):
+                objects.put(RECORD, encoded)
+                objects.group("")
+                windows_per_chunk = max(1, TOKENS_PER_CHUNK // max(tokens.shape[1], 1))
+                objects.array(
+                    "tokens",
+                    tokens,
+                    fill=-1,
+                    axes=("window", "position"),
+                    chunks=(min(windows_per_chunk, max(tokens.shape[0], 1)), tokens.shape[1]),
+                )
+                writer._publish(objects, Cursor(), finished=False, generation=None)
+            writer.event("created")
+        return writer
 
     @classmethod
     def resume(cls, path: Path | str, disk: Disk | None = None) -> "RunWriter":
@@ -207,73 +204,6 @@ class RunWriter:
         for group in {old.generation for old in dropped if old.generation} - kept_groups:
             self.disk.delete(self.path / ZARR / str(group))
         return head
-
-
-class Claim:
-    """Holds the lock of a run that does not exist yet, so that a second process is refused before it begins.
-
-    A context manager; `create` hands the lock on to the writer. Left without it, nothing stays behind.
-
-    Raises (on entering):
-        InputError: the run exists, or the folder holds other files.
-        RunBusy, OutOfSpace: see `Disk`.
-    """
-
-    def __init__(self, path: Path | str, disk: Disk | None = None) -> None:
-        self.path, self.disk = Path(path), disk or Disk()
-        self._held = ExitStack()
-        self._made_folder = False
-
-    def __enter__(self) -> Self:
-        if self.path.exists() and not self.path.is_dir():
-            raise InputError(f"{self.path} is a file. Choose another name for the run.")
-        if foreign := set(self.disk.list(self.path)) - OWN_NAMES:
-            raise InputError(
-                f"{self.path} holds other files ({min(foreign)}). Choose an empty or new folder for the run."
-            )
-        self._made_folder = not self.path.exists()
-        with ExitStack() as held:
-            held.enter_context(self.disk.lock(self.path / LOCK))
-            if published(self.path, self.disk):
-                raise InputError(f"{self.path} exists already. Resume it, or choose another name.")
-            self._held = held.pop_all()
-        return self
-
-    def create(self, record: RunRecord, tokens: NDArray[np.int32]) -> RunWriter:
-        """Make the run, with its tokens and no statistics yet; see `RunWriter.create`."""
-        if tokens.dtype != np.int32 or tokens.ndim != 2 or tokens_digest(tokens) != record.identity.tokens:
-            raise ValueError("tokens must be int32 [windows, seq] and those of record.identity")
-        for name in self.disk.list(self.path):
-            if name != LOCK:
-                self.disk.delete(self.path / name)
-        writer = RunWriter(self.path, self.disk, record, self._held.pop_all())
-        self._made_folder = False
-        with _closed_on_error(writer):
-            objects = ObjectWriter(self.path, self.disk)
-            encoded = record.encode()
-            with _needing(tokens.nbytes + len(encoded)):
-                objects.put(RECORD, encoded)
-                objects.group("")
-                windows_per_chunk = max(1, TOKENS_PER_CHUNK // max(tokens.shape[1], 1))
-                objects.array(
-                    "tokens",
-                    tokens,
-                    fill=-1,
-                    axes=("window", "position"),
-                    chunks=(min(windows_per_chunk, max(tokens.shape[0], 1)), tokens.shape[1]),
-                )
-                writer._publish(objects, Cursor(), finished=False, generation=None)
-            writer.event("created")
-        return writer
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        if self._made_folder:  # unlinked while still locked: whoever waits for this file finds it has no name
-            (self.path / LOCK).unlink(missing_ok=True)
-            with suppress(OSError):
-                self.path.rmdir()
-        self._held.close()
 
 
 def _lasting(head: Head, generation: str | None) -> dict[str, str]:

@@ -23,8 +23,8 @@ from stages.fold.sites import fold_map
 from stages.progress import Progress
 from stages.settings import CalibrateSettings
 from state.background import BackgroundWriter
-from state.errors import IdentityMismatch, Stopped
-from state.identity import Difference, Environment, require_same
+from state.errors import Difference, IdentityMismatch, Stopped
+from state.identity import Environment, require_same
 from state.layout import Layout
 from state.reader import open_run
 from state.store import RunWriter

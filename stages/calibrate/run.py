@@ -12,11 +12,13 @@ from stages.calibrate.signals import stop_on_signal
 from stages.calibrate.summary import Summary, measure_coverage
 from stages.progress import Progress
 from stages.settings import CalibrateSettings
+from state.claim import Claim
 from state.durable import Disk
 from state.errors import InputError, Stopped
 from state.reader import Calibration, open_run
 from state.record import RunRecord, SourceDescription
-from state.store import Claim, RunWriter, published
+from state.recovery import published
+from state.store import RunWriter
 
 
 def calibrate(settings: CalibrateSettings, progress: Progress) -> Summary:

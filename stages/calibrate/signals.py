@@ -1,6 +1,7 @@
 """SIGINT and SIGTERM become a request to stop at the next step, so that the work so far can be committed."""
 
 import signal
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
@@ -20,9 +21,12 @@ class StopRequest:
 @contextmanager
 def stop_on_signal() -> Iterator[StopRequest]:
     """Within the context the first SIGINT or SIGTERM only sets the request; a second one acts as it did
-    before.
+    before. Python lets only the main thread watch signals: in another one no request ever comes.
     """
     request = StopRequest()
+    if threading.current_thread() is not threading.main_thread():
+        yield request
+        return
     before: dict[int, Any] = {}
 
     def handler(number: int, _frame: FrameType | None) -> None:

@@ -16,8 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from state.durable import Bytes, Disk
-from state.errors import DamagedStore, IdentityMismatch, InputError, RunBusy
-from state.identity import Difference, digest
+from state.errors import DamagedStore, Difference, IdentityMismatch, InputError, RunBusy
+from state.identity import digest
 
 IDENTITY = "holdfast_export.json"
 JOURNAL = "holdfast_journal.jsonl"

@@ -9,7 +9,7 @@ from torch import Tensor
 from stages.recipe.quantizers import QuantizerPlan
 from stages.recipe.solvers import stacked_name
 from state.errors import InputError
-from state.layout import Role, Site, split_name
+from state.names import Role, Site, split_name
 from state.reader import Calibration
 
 KV_ROLES: tuple[Role, Role] = ("k", "v")

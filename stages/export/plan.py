@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 
-import state
 from stages.export.apply_solver import Subject, apply_solver
 from stages.export.config import carried_files, config_files, with_pre_quant_scale
 from stages.export.decide import decide
@@ -30,7 +29,7 @@ from stages.recipe.solvers import solver_of
 from stages.settings import ExportSettings
 from state.errors import InputError
 from state.identity import digest
-from state.reader import Calibration
+from state.reader import Calibration, open_run
 from state.source import Source
 
 SAFETENSORS_DTYPES = {dtype: name for name, dtype in TORCH_DTYPES.items()}
@@ -50,7 +49,7 @@ class ExportPlan:
 def plan_export(settings: ExportSettings, progress: Progress) -> ExportPlan:
     """Decide everything about an export and validate it; writes nothing."""
     progress.stage("planning the export")
-    run = state.open(settings.run)
+    run = open_run(settings.run)
     for note in run.notes:
         progress.warn(note)
     _refuse_unfinished(run, settings)

@@ -14,8 +14,8 @@ from stages.export.units import Shard
 from stages.model.folder import tokenizer_digests
 from stages.recipe.recipes import Recipe
 from stages.recipe.solvers import Solver
-from state.errors import IdentityMismatch
-from state.identity import Difference, digest_json, flatten
+from state.errors import Difference, IdentityMismatch
+from state.identity import digest_json, flatten
 from state.objects import ZARR
 from state.reader import Calibration
 from state.record import RunRecord

@@ -15,7 +15,7 @@ from stages.recipe.quantizers import QuantizerPlan
 from stages.recipe.solvers import Solver, array_name
 from stages.settings import POSITIONAL, as_options
 from state.errors import InputError
-from state.layout import split_name
+from state.names import split_name
 from state.objects import solutions
 from state.reader import Calibration
 from state.update import Solution

@@ -16,7 +16,8 @@ from transformers import PretrainedConfig
 
 from stages.fold.families import FAMILIES, Family
 from stages.fold.folds import FoldMap, FoldSite, Operand
-from state.layout import Relation, join_name, split_name
+from state.layout import Relation
+from state.names import join_name, split_name
 
 LAYER = re.compile(r"(.*?\.)?L\.")
 FUSED = re.compile(r"(?P<experts>.*\bexperts)\.(?P<number>\d+)\.(?P<leaf>gate_proj|up_proj|down_proj)")

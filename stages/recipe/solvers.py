@@ -12,7 +12,7 @@ from stages.formats import TABLE
 from stages.recipe.quantizers import QuantizerPlan
 from state.errors import InputError
 from state.identity import digest_json
-from state.layout import split_name
+from state.names import split_name
 
 Method = Literal["awq_lite", "awq_clip", "awq_full", "gptq", "smoothquant"]
 

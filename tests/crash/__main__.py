@@ -19,13 +19,13 @@ from pathlib import Path
 
 os.environ.update(OMP_NUM_THREADS="1", HF_HUB_OFFLINE="1", TRANSFORMERS_VERBOSITY="error")
 
-import state
 from pipeline.demo import make_demo
 from pipeline.progress import PlainProgress
 from stages.calibrate.run import calibrate
 from stages.export.run import export
 from stages.settings import CalibrateSettings, ExportSettings
 from state.durable import Disk
+from state.reader import open_run
 from state.recovery import published
 
 GPTQ = "general/ptq/nvfp4_default-kv_none-gptq"
@@ -189,7 +189,7 @@ def killed_after(work: Work, folder: Path, first: Path, delay: float) -> bool:
 
 def content_of_run(trial: Path) -> Content:
     """Digests of all that a finished run keeps, generation numbers aside."""
-    calibration = state.open(trial / "run")
+    calibration = open_run(trial / "run")
     if not calibration.head.finished:
         raise RuntimeError(f"{trial / 'run'} is unfinished")
     generation = f"/{calibration.head.generation}/"
@@ -206,7 +206,7 @@ def how_far_run(trial: Path) -> str:
     """What a killed calibration had committed."""
     if not published(trial / "run", Disk()):
         return "before the run existed"
-    head = state.open(trial / "run").head
+    head = open_run(trial / "run").head
     return f"commit {head.number}, batch {head.cursor.batch}"
 
 

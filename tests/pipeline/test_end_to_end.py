@@ -13,8 +13,8 @@ from click.testing import Result
 from safetensors import safe_open
 from typer.testing import CliRunner
 
-import state
 from pipeline.cli import app
+from state.reader import open_run
 
 runner = CliRunner(env={"COLUMNS": "200", "MAKELEVEL": None})
 
@@ -68,7 +68,7 @@ def test_3_the_same_command_goes_on(demo: Path, folder: Path) -> None:
     assert f"holdfast export {folder / 'run'} exports/run-nvfp4" in done.stdout
     assert "model.layers.1.mlp.experts.5" in done.stdout
     assert calibrate(demo, folder / "whole").exit_code == 0
-    resumed, whole = state.open(folder / "run").generation(), state.open(folder / "whole").generation()
+    resumed, whole = open_run(folder / "run").generation(), open_run(folder / "whole").generation()
     assert resumed.arrays.keys() == whole.arrays.keys()
     for name, values in whole.arrays.items():
         assert resumed.arrays[name].tobytes() == values.tobytes(), name
@@ -149,12 +149,17 @@ def test_a_missing_model_or_text_exits_2(demo: Path, tmp_path: Path) -> None:
     assert not (tmp_path / "run").exists()
 
 
-def test_9_the_readme_s_programs_run(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_9_the_readme_s_programs_run(
+    demo: Path, folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     readme = (Path(__file__).parent.parent.parent / "README.md").read_text(encoding="utf-8")
     programs = re.findall(r"```python\n(.*?)```", readme, flags=re.DOTALL)
-    assert len(programs) == 2
+    assert len(programs) == 3
+    (folder / "demo").symlink_to(demo)
+    monkeypatch.chdir(folder)
     for program in programs:
-        exec(program.replace("runs/demo", str(folder / "run")), {})
+        exec(program.replace("runs/demo", "run"), {})
     shown = capsys.readouterr().out.splitlines()
     assert shown[0] == "('layer', 'expert', 'channel') (4, 32, 64)"
     assert float(shown[1]) > 0
+    assert (folder / "exports/small-fp8/config.json").exists()

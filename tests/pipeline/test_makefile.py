@@ -42,7 +42,8 @@ def last_command(*arguments: str) -> list[str]:
 
 def test_make_alone_lists_every_target() -> None:
     listed = make().stdout
-    for target in ("help", "calibrate", "export", "status", "test", "lint", "crash-test", "bench", "clean"):
+    commands = ("calibrate", "export", "status", "test", "test-long", "lint", "crash-test", "bench", "clean")
+    for target in ("help", *commands):
         assert f"  make {target} " in listed
 
 

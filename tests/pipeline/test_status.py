@@ -9,9 +9,11 @@ import pytest
 from pipeline.status import look, print_status
 from stages.calibrate.summary import Coverage
 from stages.settings import CalibrateSettings
+from state.claim import create_run
 from state.head import Cursor
 from state.identity import Environment, Identity, tokens_digest
 from state.layout import Layout, SiteArray
+from state.reader import open_run
 from state.record import RunRecord, SourceDescription
 from state.store import RunWriter
 from state.update import Generation, Solution, Update
@@ -60,7 +62,7 @@ def make_run(path: Path, *updates: Update) -> Path:
         source=SourceDescription(model="org/model"),
         generator={"holdfast": "0"},
     )
-    with RunWriter.create(path, record, TOKENS) as writer:
+    with create_run(path, record, TOKENS) as writer:
         for update in updates:
             writer.commit(update)
     return path
@@ -124,17 +126,16 @@ def test_a_commit_collected_while_it_is_read_is_opened_anew(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run = make_run(tmp_path / "run", Update(Cursor(batch=1), finished=False, generation=GENERATION))
-    from state import open as open_run
 
     def open_stale(path: Path, verify: bool) -> object:
-        monkeypatch.setattr("pipeline.status.state.open", open_run)
+        monkeypatch.setattr("pipeline.status.open_run", open_run)
         stale = open_run(path, verify=verify)
         with RunWriter.resume(path) as writer:
             for batch in (2, 3):
                 writer.commit(Update(Cursor(batch=batch), finished=batch == 3, generation=GENERATION))
         return stale
 
-    monkeypatch.setattr("pipeline.status.state.open", open_stale)
+    monkeypatch.setattr("pipeline.status.open_run", open_stale)
     assert look(run).batches == (3, 3)
 
 

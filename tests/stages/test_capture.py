@@ -7,11 +7,11 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
-import state
 from stages.capture import capture
 from stages.export.run import export
 from stages.settings import ExportSettings
 from state.errors import InputError
+from state.reader import open_run
 from state.source import Source
 from tests.stages.export import support
 
@@ -31,7 +31,7 @@ def quantize(folder: Path, run: Path, recipe: str, algorithm: str) -> PreTrained
     from modelopt.recipe.presets import QUANT_CFG_CHOICES
     from transformers import AutoModelForCausalLM
 
-    tokens = torch.from_numpy(state.open(run).tokens.astype(np.int64))
+    tokens = torch.from_numpy(open_run(run).tokens.astype(np.int64))
     with support.quiet(), torch.no_grad():
         model = AutoModelForCausalLM.from_pretrained(folder).eval()
         config = {**QUANT_CFG_CHOICES[recipe], "algorithm": algorithm}
@@ -47,10 +47,10 @@ def test_the_assertion_that_lost_a_calibration_and_its_rescue(
         support.exported_by_modelopt(model, tmp_path / "lost")
 
     rescued = capture(model, source=str(folder), run=tmp_path / "rescued", recipe="nvfp4")
-    vector = state.open(rescued).amax("model.layers.0.self_attn.q_proj.input_quantizer")
+    vector = open_run(rescued).amax("model.layers.0.self_attn.q_proj.input_quantizer")
     assert vector.shape == (64,)
     np.testing.assert_array_equal(
-        vector, state.open(run).amax("model.layers.0.self_attn.q_proj.input_quantizer")
+        vector, open_run(run).amax("model.layers.0.self_attn.q_proj.input_quantizer")
     )
 
     export(ExportSettings(run=rescued, out=tmp_path / "saved"))
@@ -82,7 +82,7 @@ def test_smoothing_is_taken_out_again(calibrated: tuple[Path, Path], tmp_path: P
     model = quantize(folder, run, "int8_smoothquant", "smoothquant")
     rescued = capture(model, source=str(folder), run=tmp_path / "rescued", recipe="nvfp4")
     name = "model.layers.1.mlp.up_proj.input_quantizer"
-    np.testing.assert_array_equal(state.open(rescued).amax(name), state.open(run).amax(name))
+    np.testing.assert_array_equal(open_run(rescued).amax(name), open_run(run).amax(name))
 
 
 def test_one_amax_behind_a_smoothing_scale_is_refused(calibrated: tuple[Path, Path], tmp_path: Path) -> None:
@@ -107,4 +107,4 @@ def test_an_uncalibrated_model_is_refused(calibrated: tuple[Path, Path], tmp_pat
 def test_source_tensors_are_named_in_the_rescued_run(calibrated: tuple[Path, Path], tmp_path: Path) -> None:
     folder, run = calibrated
     rescued = capture(quantize(folder, run, "fp8", "max"), str(folder), tmp_path / "rescued", "fp8")
-    assert state.open(rescued).record.identity.tensors == Source.open(folder).digests(threads=1)
+    assert open_run(rescued).record.identity.tensors == Source.open(folder).digests(threads=1)

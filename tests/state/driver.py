@@ -12,13 +12,18 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-import state
+from state.claim import create_run
 from state.durable import Disk
+from state.head import Cursor
 from state.identity import Environment, Identity, flatten, tensor_digest, tokens_digest
-from state.layout import Layout, Site, arrange
-from state.record import SourceDescription
+from state.layout import Layout, arrange
+from state.names import Site
+from state.reader import open_run
+from state.record import RunRecord, SourceDescription
+from state.recovery import published
 from state.statistics import empty, merge
-from state.store import Cursor, Generation, RunRecord, RunWriter, Solution, Update, published
+from state.store import RunWriter
+from state.update import Generation, Solution, Update
 
 Arrays = dict[str, NDArray[np.generic]]
 
@@ -91,9 +96,9 @@ def drive(run: Path, disk: Disk | None = None, until: int = BATCHES) -> tuple[st
     """Create or resume `run` and commit batch by batch up to `until`. Gives the notes of recovery."""
     disk = disk or Disk()
     exists = published(run, disk)
-    writer = RunWriter.resume(run, disk) if exists else RunWriter.create(run, RECORD, TOKENS, disk)
+    writer = RunWriter.resume(run, disk) if exists else create_run(run, RECORD, TOKENS, disk)
     with writer:
-        reader = state.open(run)
+        reader = open_run(run)
         total = dict(reader.generation().arrays)
         for batch in range(writer.head.cursor.batch, until):
             total = merged(total, dict(observed(batch).arrays)) if total else dict(observed(batch).arrays)

@@ -6,12 +6,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-import state
 from state.background import BackgroundWriter
 from state.durable import Disk
 from state.errors import OutOfSpace
-from state.head import Head
-from state.store import Cursor, RunWriter, Update
+from state.head import Cursor, Head
+from state.reader import open_run
+from state.store import RunWriter
+from state.update import Update
 from tests.state import driver
 
 
@@ -49,12 +50,12 @@ def test_submit_returns_before_the_commit_and_wait_gives_its_head(halfway: Path,
         assert background.wait().number == 2
         background.submit(update(3))
         assert disk.reached.wait(30)
-        assert background.busy and state.open(halfway).head.number == 2
+        assert background.busy and open_run(halfway).head.number == 2
         disk.gate.set()
         head = background.wait()
         assert (head.number, head.cursor.batch, background.busy) == (3, 3, False)
         assert [known for known, _ in told] == [head] and told[0][1] > 0
-    np.testing.assert_equal(dict(state.open(halfway).generation().arrays), dict(driver.observed(3).arrays))
+    np.testing.assert_equal(dict(open_run(halfway).generation().arrays), dict(driver.observed(3).arrays))
 
 
 def test_one_commit_is_in_flight_at_a_time(halfway: Path, disk: GatedDisk) -> None:
@@ -66,7 +67,7 @@ def test_one_commit_is_in_flight_at_a_time(halfway: Path, disk: GatedDisk) -> No
         assert second.is_alive() and not (halfway / "calibration.zarr/g000004").exists()
         disk.gate.set()
         second.join()
-    assert state.open(halfway).head.cursor.batch == 4
+    assert open_run(halfway).head.cursor.batch == 4
 
 
 @pytest.mark.parametrize("by", ["wait", "submit", "exit"])
@@ -80,6 +81,6 @@ def test_an_error_of_the_thread_reaches_the_caller(halfway: Path, disk: GatedDis
                 background.wait()
             if by == "submit":
                 background.submit(update(4))
-    assert state.open(halfway).head.number == 2
+    assert open_run(halfway).head.number == 2
     assert driver.drive(halfway) == ()
-    np.testing.assert_equal(dict(state.open(halfway).generation().arrays), driver.statistics_after(3))
+    np.testing.assert_equal(dict(open_run(halfway).generation().arrays), driver.statistics_after(3))

@@ -5,9 +5,11 @@ from pathlib import Path
 
 import pytest
 
+from state.claim import Claim, create_run
 from state.durable import Disk
 from state.errors import InputError, OutOfSpace, RunBusy
-from state.store import Claim, RunWriter, published
+from state.recovery import published
+from state.store import RunWriter
 from tests.state import driver
 from tests.state.faults import CountingDisk, FailingDisk
 
@@ -44,15 +46,29 @@ def test_the_lock_goes_on_to_the_writer(tmp_path: Path) -> None:
 
 def test_a_creation_that_fails_at_its_last_step_frees_the_lock(tmp_path: Path, unsynced: None) -> None:
     steps = CountingDisk()
-    RunWriter.create(tmp_path / "count", driver.RECORD, driver.TOKENS, steps).close()
+    create_run(tmp_path / "count", driver.RECORD, driver.TOKENS, steps).close()
     run = tmp_path / "run"
     with pytest.raises(OutOfSpace):
-        RunWriter.create(run, driver.RECORD, driver.TOKENS, FailingDisk(len(steps.steps) - 1, errno.ENOSPC))
+        create_run(run, driver.RECORD, driver.TOKENS, FailingDisk(len(steps.steps) - 1, errno.ENOSPC))
     RunWriter.resume(run).close()
 
 
 def test_a_run_that_exists_can_not_be_claimed(tmp_path: Path) -> None:
-    RunWriter.create(tmp_path / "run", driver.RECORD, driver.TOKENS).close()
+    create_run(tmp_path / "run", driver.RECORD, driver.TOKENS).close()
     with pytest.raises(InputError, match="exists already"):
         Claim(tmp_path / "run").__enter__()
     assert published(tmp_path / "run", Disk())
+
+
+def test_create_refuses_what_is_there(finished: Path, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="exists already"):
+        create_run(finished, driver.RECORD, driver.TOKENS)
+    (tmp_path / "home").mkdir()
+    (tmp_path / "home/thesis.tex").write_text("")
+    with pytest.raises(InputError, match=r"holds other files \(thesis\.tex\)"):
+        create_run(tmp_path / "home", driver.RECORD, driver.TOKENS)
+    assert [entry.name for entry in (tmp_path / "home").iterdir()] == ["thesis.tex"]
+    with pytest.raises(InputError, match="is a file"):
+        create_run(tmp_path / "home/thesis.tex", driver.RECORD, driver.TOKENS)
+    with pytest.raises(ValueError, match="tokens must be"):
+        create_run(tmp_path / "other", driver.RECORD, driver.TOKENS + 1)

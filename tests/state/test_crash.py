@@ -10,9 +10,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-import state
 from state.durable import Disk
 from state.errors import OutOfSpace
+from state.reader import open_run
 from tests.state import driver
 from tests.state.faults import CountingDisk, Crash, CrashingDisk, FailingDisk, ForgetfulDisk, TearingDisk
 
@@ -21,7 +21,7 @@ def tree(run: Path) -> dict[str, bytes]:
     """Every file that promise 1 covers, by path, without the generation's number; the two newest
     generations.
     """
-    head = state.open(run).head
+    head = open_run(run).head
     files = {}
     for path in run.rglob("*"):
         name = path.relative_to(run).as_posix()
@@ -72,7 +72,7 @@ def test_crash_at_every_step_of_a_resumed_commit_that_collects_the_first(
         run = shutil.copytree(two_commits, tmp_path / f"at{at}")
         with pytest.raises(Crash):
             driver.drive(run, CrashingDisk(at))
-        assert state.open(run).notes == ()
+        assert open_run(run).notes == ()
         driver.drive(run)
         assert tree(run) == undisturbed, f"crash at step {at}"
 
@@ -119,7 +119,7 @@ def test_power_cut_at_every_step_loses_nothing_published(
         run = tmp_path / f"after{at}/runs/run"
         disk.after_power_cut(tmp_path / f"after{at}", seed)
         if ended:
-            reader = state.open(run)
+            reader = open_run(run)
             assert reader.head.number >= ended - 1, f"power cut at step {at}"
             assert reader.notes == ()
         driver.drive(run)
@@ -134,15 +134,15 @@ def test_what_a_rerun_found_finished_stays_so_after_a_power_cut(tmp_path: Path, 
     disk = ForgetfulDisk(tmp_path / "before", publication + 1)
     with pytest.raises(Crash):
         driver.drive(tmp_path / "before/run", disk)
-    assert state.open(tmp_path / "before/run").head.number == 3
+    assert open_run(tmp_path / "before/run").head.number == 3
     disk.after_power_cut(tmp_path / "at once", None)
-    assert state.open(tmp_path / "at once/run").head.number == 2
+    assert open_run(tmp_path / "at once/run").head.number == 2
 
     disk.at = len(steps.steps) * 2
     driver.drive(tmp_path / "before/run", disk)
-    assert state.open(tmp_path / "before/run").head.finished
+    assert open_run(tmp_path / "before/run").head.finished
     disk.after_power_cut(tmp_path / "later", None)
-    assert state.open(tmp_path / "later/run").head.finished
+    assert open_run(tmp_path / "later/run").head.finished
 
 
 @pytest.mark.parametrize("error", [errno.ENOSPC, errno.EIO])
@@ -163,7 +163,7 @@ def test_an_error_of_the_device_at_every_step(
         assert caught.value.path in (path, path.with_name("HEAD"))
         if operation == "put" and "g000003" in str(path):
             assert f"{needed:,} bytes are needed" in str(caught.value)
-            np.testing.assert_equal(dict(state.open(run).generation().arrays), driver.statistics_after(2))
+            np.testing.assert_equal(dict(open_run(run).generation().arrays), driver.statistics_after(2))
         driver.drive(run)
         assert tree(run) == undisturbed, f"{errno.errorcode[error]} at step {at}"
     assert seen >= {"put", "fsync", "sync"}

@@ -9,12 +9,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-import state
 from state.durable import Disk
 from state.errors import DamagedStore, InputError
-from state.head import Head
+from state.head import Cursor, Head
 from state.identity import canonical_json, digest_json
-from state.store import Cursor, RunWriter, Update
+from state.reader import open_run
+from state.store import RunWriter
+from state.update import Update
 from tests.state import driver
 
 GATE = "model.layers.L.mlp.experts.E.gate_proj.input"
@@ -52,7 +53,7 @@ def test_every_damage_to_every_file_is_named_or_fallen_back_from(finished: Path)
         damage()
         name = what.split(" ")[0]
         try:
-            reader = state.open(finished)
+            reader = open_run(finished)
         except DamagedStore as error:
             assert error.exit_code == 4
             assert name in error.objects, what
@@ -72,9 +73,9 @@ def test_every_damage_to_every_file_is_named_or_fallen_back_from(finished: Path)
 
 def test_reading_without_verification_never_gives_a_wrong_value(finished: Path) -> None:
     path = f"calibration.zarr/g000003/amax/{GATE}/c.1.0.0"
-    reader = state.open(finished, verify=False)
+    reader = open_run(finished, verify=False)
     (finished / path).unlink()
-    for at_once in (reader, state.open(finished, verify=False)):
+    for at_once in (reader, open_run(finished, verify=False)):
         with pytest.raises(DamagedStore, match=f"array g000003/amax/{GATE}, c.1.0.0 is missing") as caught:
             at_once.amax("model.layers.2.mlp.experts.0.gate_proj")
         assert caught.value.objects == (path,)
@@ -88,7 +89,7 @@ def test_resuming_goes_on_from_the_commit_before_under_a_new_number(finished: Pa
         "commit 3: array g000003/amax/lm_head.input, c.0 is damaged (its digest differs)",
         "fell back to commit 2",
     )
-    reader = state.open(finished)
+    reader = open_run(finished)
     assert (reader.notes, reader.head.number, reader.head.finished) == ((), 5, True)
     np.testing.assert_equal(dict(reader.generation().arrays), driver.statistics_after(3))
     assert [event["note"] for event in reader.events() if event["event"] == "recovered"] == list(notes)
@@ -97,12 +98,12 @@ def test_resuming_goes_on_from_the_commit_before_under_a_new_number(finished: Pa
 
 def test_a_lost_head_pointer_loses_no_work(finished: Path) -> None:
     (finished / "HEAD").unlink()
-    assert state.open(finished).notes == (
+    assert open_run(finished).notes == (
         f"{finished / 'HEAD'} is missing or damaged",
         "fell back to commit 3",
     )
     driver.drive(finished)
-    assert (state.open(finished).head.number, state.open(finished).notes) == (4, ())
+    assert (open_run(finished).head.number, open_run(finished).notes) == (4, ())
 
 
 def test_damage_to_what_all_commits_share_names_the_array(finished: Path) -> None:
@@ -116,23 +117,23 @@ def test_half_a_copied_run_is_refused(finished: Path, tmp_path: Path) -> None:
     copy = tmp_path / "copy"
     shutil.copytree(finished, copy, ignore=shutil.ignore_patterns("g0000*"))
     with pytest.raises(DamagedStore, match="is missing"):
-        state.open(copy)
+        open_run(copy)
 
 
 def test_two_generations_mixed_are_refused(finished: Path) -> None:
     path = f"amax/{GATE}/c.0.0.0"
     newer, older = (finished / f"calibration.zarr/g00000{number}/{path}" for number in (3, 2))
     newer.write_bytes(older.read_bytes())
-    reader = state.open(finished)
+    reader = open_run(finished)
     assert reader.head.number == 2 and f"array g000003/amax/{GATE}, c.0.0.0 is damaged" in reader.notes[0]
     older.write_bytes(b"")
     with pytest.raises(DamagedStore):
-        state.open(finished)
+        open_run(finished)
 
 
 def test_heads_of_another_run_are_refused(finished: Path, halfway_elsewhere: Path) -> None:
     shutil.copy(halfway_elsewhere / "heads/000003.json", finished / "heads/000003.json")
-    reader = state.open(finished)
+    reader = open_run(finished)
     assert reader.notes[0] == "commit 3: heads/000003.json is not the commit that HEAD names"
     assert reader.head.number == 2
 
@@ -156,7 +157,7 @@ def test_a_newer_format_is_told_apart_from_damage(finished: Path) -> None:
     (finished / "heads/000003.json").write_bytes(data)
     (finished / "HEAD").write_text(f"heads/000003.json {newer['digest']}\n")
     with pytest.raises(InputError, match="store format 2, and this Holdfast reads 1") as caught:
-        state.open(finished)
+        open_run(finished)
     assert caught.value.exit_code == 2
 
 
@@ -180,12 +181,12 @@ class RacingDisk(Disk):
 def test_a_reader_that_was_overtaken_rereads_head(halfway: Path, updates: list[Update]) -> None:
     newest = 2 + len(updates)
     with RunWriter.resume(halfway) as writer:
-        reader = state.open(halfway, disk=RacingDisk(writer, list(updates)))
+        reader = open_run(halfway, disk=RacingDisk(writer, list(updates)))
         assert (reader.head.number, reader.notes) == (newest, ())
 
 
 def test_an_open_reader_whose_commit_was_collected_says_so(halfway: Path) -> None:
-    reader = state.open(halfway)
+    reader = open_run(halfway)
     with RunWriter.resume(halfway) as writer:
         for _ in range(3):
             writer.commit(Update(Cursor(), False, driver.observed(0)))
@@ -202,9 +203,9 @@ def test_strays_are_neither_seen_nor_kept(halfway: Path) -> None:
         (halfway / stray).parent.mkdir(parents=True, exist_ok=True)
         (halfway / stray).write_text("{}")
     (halfway / "NOTES.md").write_text("mine")
-    assert state.open(halfway).head.number == 2
+    assert open_run(halfway).head.number == 2
     driver.drive(halfway)
-    np.testing.assert_equal(dict(state.open(halfway).generation().arrays), driver.statistics_after(3))
+    np.testing.assert_equal(dict(open_run(halfway).generation().arrays), driver.statistics_after(3))
     left = files_of(halfway)
     assert "NOTES.md" in left and "heads/000003.json" in left
     assert not any("stray" in path or "awq-test/7" in path or path == "HEAD.tmp" for path in left)

@@ -4,7 +4,8 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from state.errors import InputError
-from state.layout import Layout, Relation, Role, Site, SiteArray, arrange, join_name, split_name
+from state.layout import Layout, Relation, SiteArray, arrange
+from state.names import Role, Site, join_name
 
 GATE = "model.layers.L.mlp.experts.E.gate_proj"
 UP = "model.layers.L.mlp.experts.E.up_proj"
@@ -13,43 +14,6 @@ STATISTICS: dict[Role, tuple[str, ...]] = {"input": ("amax", "tokens"), "weight"
 
 def experts_input(layer: int, experts: int, channels: int = 4) -> dict[Site, int | None]:
     return {Site(join_name(GATE, layer, expert), "input"): channels for expert in range(experts)}
-
-
-@pytest.mark.parametrize(
-    ("name", "expected"),
-    [
-        ("lm_head", ("lm_head", None, None)),
-        ("model.layers.3.self_attn.q_proj", ("model.layers.L.self_attn.q_proj", 3, None)),
-        ("model.layers.3.mlp.experts.17.up_proj", (UP, 3, 17)),
-        ("model.layers.3.mlp.experts.up_proj", ("model.layers.L.mlp.experts.up_proj", 3, None)),
-        ("a.experts.2.b.5.c.7", ("a.experts.E.b.L.c.7", 5, 2)),
-        ("a.1.experts.2.experts.3", ("a.L.experts.E.experts.3", 1, 2)),
-        ("a.01.b.2", ("a.01.b.L", 2, None)),
-        ("a.3.experts.w_quantizers.5", ("a.L.experts.w_quantizers.E", 3, 5)),
-    ],
-)
-def test_split_name(name: str, expected: tuple[str, int | None, int | None]) -> None:
-    assert split_name(name) == expected
-    assert join_name(*expected) == name
-
-
-@pytest.mark.parametrize("name", ["a.L.b", "E", "model.3.E"])
-def test_names_that_patterns_cannot_tell_apart_are_refused(name: str) -> None:
-    with pytest.raises(InputError, match="patterns use"):
-        split_name(name)
-
-
-PARTS = st.one_of(
-    st.sampled_from(["experts", "layers", "mlp", "0", "1", "27", "007", "x_quantizers", "٣", "-1"]),
-    st.text(st.characters(exclude_characters="."), min_size=1, max_size=4).filter(
-        lambda t: t not in ("L", "E")
-    ),
-)
-
-
-@given(st.lists(PARTS, min_size=1, max_size=7).map(".".join))
-def test_any_name_comes_back_from_its_pattern(name: str) -> None:
-    assert join_name(*split_name(name)) == name
 
 
 def test_arrange_groups_by_pattern_role_and_shape() -> None:

@@ -4,12 +4,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-import state
+from state.claim import create_run
 from state.errors import InputError
-from state.layout import Layout, Role, Site, arrange
-from state.reader import Calibration
+from state.head import Cursor
+from state.layout import Layout, arrange
+from state.names import Role, Site
+from state.reader import Calibration, open_run
 from state.statistics import empty
-from state.store import Cursor, Generation, RunWriter, Update
+from state.update import Generation, Update
 from tests.state import driver
 
 NAN = float("nan")
@@ -68,9 +70,9 @@ def arrays_of(layout: Layout, amax: Mapping[Site, list[float] | float]) -> dict[
 
 @pytest.fixture
 def reader(tmp_path: Path, unsynced: None) -> Calibration:
-    with RunWriter.create(tmp_path / "run", driver.RECORD, driver.TOKENS) as writer:
+    with create_run(tmp_path / "run", driver.RECORD, driver.TOKENS) as writer:
         writer.commit(Update(Cursor(), True, Generation(layout(), arrays_of(layout(), AMAX))))
-    return state.open(tmp_path / "run")
+    return open_run(tmp_path / "run")
 
 
 @pytest.mark.parametrize(
@@ -137,7 +139,7 @@ def test_generation_gives_back_every_array_and_the_layout(reader: Calibration) -
 
 
 def test_counts_are_integers(finished: Path) -> None:
-    reader = state.open(finished)
+    reader = open_run(finished)
     for expert, expected in enumerate([15, 18, -1]):
         site = Site(f"model.layers.2.mlp.experts.{expert}.gate_proj", "input")
         np.testing.assert_array_equal(

@@ -10,12 +10,15 @@ import numpy as np
 import pytest
 import zarr
 
-import state
+from state.claim import create_run
 from state.durable import Disk
 from state.errors import DamagedStore, InputError, OutOfSpace, RunBusy
-from state.head import FORMAT
+from state.head import FORMAT, Cursor
 from state.identity import digest, digest_json
-from state.store import Cursor, Generation, RunWriter, Solution, Update, published
+from state.reader import open_run
+from state.recovery import published
+from state.store import RunWriter
+from state.update import Generation, Solution, Update
 from tests.state import driver
 from tests.state.faults import FailingDisk
 
@@ -28,11 +31,11 @@ def names(folder: Path) -> list[str]:
 
 def test_create_publishes_the_record_and_the_tokens(tmp_path: Path, unsynced: None) -> None:
     run = tmp_path / "runs/new"
-    with RunWriter.create(run, driver.RECORD, driver.TOKENS) as writer:
+    with create_run(run, driver.RECORD, driver.TOKENS) as writer:
         assert (writer.head.number, writer.head.generation, writer.head.cursor) == (0, None, Cursor())
     assert names(run) == [".lock", "HEAD", "calibration.zarr", "events.jsonl", "heads", "run.json"]
     assert names(run / "heads") == ["000000.json"]
-    reader = state.open(run)
+    reader = open_run(run)
     assert reader.record == driver.RECORD
     np.testing.assert_array_equal(reader.tokens, driver.TOKENS)
     assert reader.tokens.dtype == np.int32
@@ -93,7 +96,7 @@ def test_plain_zarr_reads_the_store(finished: Path) -> None:
 def test_a_chunk_of_fill_values_is_written_all_the_same(tmp_path: Path, unsynced: None) -> None:
     arrays = {key: np.full_like(values, np.nan if values.dtype.kind == "f" else -1)
               for key, values in driver.observed(0).arrays.items()}  # fmt: skip
-    with RunWriter.create(tmp_path / "run", driver.RECORD, driver.TOKENS) as writer:
+    with create_run(tmp_path / "run", driver.RECORD, driver.TOKENS) as writer:
         head = writer.commit(Update(Cursor(), False, Generation(driver.layout(), arrays)))
     assert f"calibration.zarr/g000001/amax/{GATE}/c.1.0.0" in head.objects
 
@@ -114,7 +117,7 @@ def test_a_commit_without_statistics_keeps_the_generation_and_the_one_before(hal
     assert (head.number, head.generation) == (4, "g000002")
     assert names(halfway / "heads") == ["000001.json", "000004.json"]
     assert [name for name in names(halfway / "calibration.zarr") if name[0] == "g"] == ["g000001", "g000002"]
-    np.testing.assert_equal(dict(state.open(halfway).generation().arrays), driver.statistics_after(2))
+    np.testing.assert_equal(dict(open_run(halfway).generation().arrays), driver.statistics_after(2))
 
 
 def test_solutions_are_written_once_and_named_by_all_later_heads(finished: Path) -> None:
@@ -132,7 +135,7 @@ def test_solutions_are_written_once_and_named_by_all_later_heads(finished: Path)
         "0",
         "2",
     }
-    reader = state.open(finished)
+    reader = open_run(finished)
     assert reader.solution("awq-test", 0).arrays["scale"] == 3.0
     stored = reader.solution("awq-test", 2)
     np.testing.assert_array_equal(stored.arrays["order"], np.array([1, 0]))
@@ -180,33 +183,19 @@ def test_solutions_with_bad_names_or_dtypes_are_refused(halfway: Path, solution:
         writer.commit(Update(Cursor(), False, solutions=(solution,)))
 
 
-def test_create_refuses_what_is_there(finished: Path, tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="exists already"):
-        RunWriter.create(finished, driver.RECORD, driver.TOKENS)
-    (tmp_path / "home").mkdir()
-    (tmp_path / "home/thesis.tex").write_text("")
-    with pytest.raises(InputError, match=r"holds other files \(thesis\.tex\)"):
-        RunWriter.create(tmp_path / "home", driver.RECORD, driver.TOKENS)
-    assert names(tmp_path / "home") == ["thesis.tex"]
-    with pytest.raises(InputError, match="is a file"):
-        RunWriter.create(tmp_path / "home/thesis.tex", driver.RECORD, driver.TOKENS)
-    with pytest.raises(ValueError, match="tokens must be"):
-        RunWriter.create(tmp_path / "other", driver.RECORD, driver.TOKENS + 1)
-
-
 def test_resume_refuses_what_is_no_run(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="holdfast calibrate MODEL DATA"):
         RunWriter.resume(tmp_path / "absent")
     assert not (tmp_path / "absent").exists()
     with pytest.raises(InputError, match="is not a run"):
-        state.open(tmp_path)
+        open_run(tmp_path)
 
 
 def test_a_second_writer_is_refused_at_once_and_freed_by_close(halfway: Path) -> None:
     with RunWriter.resume(halfway):
         with pytest.raises(RunBusy, match=f"{halfway} is being written by process {os.getpid()}"):
             RunWriter.resume(halfway)
-        assert state.open(halfway).head.number == 2
+        assert open_run(halfway).head.number == 2
     RunWriter.resume(halfway).close()
 
 
@@ -261,8 +250,8 @@ def test_moving_and_touching_a_run_changes_nothing(halfway: Path, tmp_path: Path
         os.utime(path, (1, 2_000_000_000))
     assert driver.drive(moved) == ()
     np.testing.assert_equal(
-        dict(state.open(moved).generation().arrays),
-        dict(state.open(tmp_path / "undisturbed").generation().arrays),
+        dict(open_run(moved).generation().arrays),
+        dict(open_run(tmp_path / "undisturbed").generation().arrays),
     )
 
 
@@ -282,7 +271,7 @@ def test_events_survive_a_torn_line(halfway: Path) -> None:
         file.write(b'{"time": "20')
     with RunWriter.resume(halfway) as writer:
         writer.event("stopped", signal="SIGTERM")
-    events = state.open(halfway).events()
+    events = open_run(halfway).events()
     assert [event["event"] for event in events] == ["created", "committed", "committed", "stopped"]
     assert events[2]["cursor"] == {"pass_number": 0, "layer": 0, "batch": 2}
     assert events[3]["signal"] == "SIGTERM"
@@ -294,7 +283,7 @@ def test_published_tells_a_run_from_an_unfinished_creation(halfway: Path, tmp_pa
     (halfway / "HEAD").unlink()
     assert published(halfway, disk)
     assert not published(tmp_path / "absent", disk)
-    with RunWriter.create(tmp_path / "new", driver.RECORD, driver.TOKENS):
+    with create_run(tmp_path / "new", driver.RECORD, driver.TOKENS):
         (tmp_path / "new/HEAD").unlink()
     assert not published(tmp_path / "new", disk)
 

@@ -4,7 +4,8 @@ store's layout.
 
 from stages.calibrate.observe.relations import Probe, relations
 from stages.model.skeleton import ExpertsModule, Skeleton
-from state.layout import Layout, Relation, Role, Site, arrange, split_name
+from state.layout import Layout, Relation, arrange
+from state.names import Role, Site, split_name
 
 ACTIVATIONS = ("amax", "abs_sum", "tokens")
 STATISTICS_OF: dict[Role, tuple[str, ...]] = {

@@ -14,7 +14,8 @@ from stages.calibrate.observe.attention import channels_last, observed_attention
 from stages.calibrate.observe.experts import expert_parameters, watch_experts
 from stages.calibrate.observe.sinks import Place, Sink
 from stages.model.skeleton import ExpertsModule, Skeleton
-from state.layout import Layout, Site, SiteArray, split_name
+from state.layout import Layout, SiteArray
+from state.names import Site, split_name
 
 
 def _every(_memory: str) -> bool:

@@ -20,7 +20,8 @@ from transformers import PreTrainedModel
 from stages.calibrate.observe.attention import observed_attention
 from stages.calibrate.observe.lm_head import without_logits
 from stages.model.skeleton import Skeleton, is_registry_experts
-from state.layout import Relation, RelationKind, split_name
+from state.layout import Relation, RelationKind
+from state.names import split_name
 
 PROBE_TOKENS = 8
 

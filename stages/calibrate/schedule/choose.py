@@ -10,7 +10,7 @@ from stages.recipe.solvers import Solver
 from stages.settings import CalibrateSettings
 from state.errors import InputError
 from state.head import Head
-from state.layout import split_name
+from state.names import split_name
 from state.objects import solutions
 
 Name = Literal["whole", "layerwise"]

@@ -25,9 +25,9 @@ from stages.calibrate.schedule.steps import Step
 from stages.model.skeleton import Skeleton
 from stages.model.weights import largest_magnitude, map_tensor
 from state.durable import Disk
-from state.layout import Site
+from state.head import Cursor
+from state.names import Site
 from state.source import Source
-from state.store import Cursor
 from state.update import Solution
 
 FOLDER = "activations"  # of hidden states that outgrow memory, in the run

@@ -18,7 +18,8 @@ from stages.recipe.quantizers import QuantizerPlan
 from stages.recipe.solvers import Solver, stacked_name
 from stages.solve.layer import Group, Place, solve_layer
 from stages.solve.moments import SiteStatistics
-from state.layout import Site, SiteArray, split_name
+from state.layout import SiteArray
+from state.names import Site, split_name
 from state.update import Solution
 
 

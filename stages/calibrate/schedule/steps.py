@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from types import TracebackType
 from typing import Protocol, Self
 
-from state.store import Cursor
+from state.head import Cursor
 from state.update import Solution
 
 Tick = Callable[[int], None]  # called after each batch with the tokens it took in

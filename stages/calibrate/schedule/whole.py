@@ -15,7 +15,7 @@ from stages.calibrate.observe.attach import observed
 from stages.calibrate.observe.lm_head import without_logits
 from stages.calibrate.schedule.steps import Step, Tick
 from stages.model.skeleton import Skeleton
-from state.store import Cursor
+from state.head import Cursor
 
 
 class WholeModel:

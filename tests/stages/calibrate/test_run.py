@@ -9,11 +9,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-import state
 from stages.calibrate.run import calibrate
 from stages.calibrate.summary import Summary
 from stages.progress import Silent
 from state.errors import IdentityMismatch, InputError, RunBusy, Stopped
+from state.reader import open_run
 from state.store import RunWriter
 from tests.stages.calibrate import runs
 from tests.stages.calibrate.runs import Crash, Interrupting, crash
@@ -34,7 +34,7 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def statistics(run: Path) -> dict[str, np.ndarray]:
-    return dict(state.open(run).generation().arrays)
+    return dict(open_run(run).generation().arrays)
 
 
 def assert_same_statistics(run: Path, other: Path) -> None:
@@ -61,7 +61,7 @@ def test_summary(inputs: Path, tmp_path: Path) -> None:
         4 * 3,
     )  # inputs of q, k, v, o and K, V themselves; of three projections
     assert summary.coverage.sites == layers * (attention + 1 + experts) + 1  # and the router's; the head's
-    assert state.open(tmp_path / "run").head.finished
+    assert open_run(tmp_path / "run").head.finished
 
 
 @pytest.mark.parametrize("batches", [1, 4])
@@ -71,7 +71,7 @@ def test_after_a_crash_the_same_command_ends_the_same(
     run = tmp_path / "run"
     with pytest.raises(Crash):
         calibrate(settings(inputs, run, commit_every=EVERY_BATCH), Interrupting(batches, crash))
-    assert not state.open(run).head.finished
+    assert not open_run(run).head.finished
     calibrate(settings(inputs, run), Silent())
     assert_same_statistics(run, undisturbed)
 
@@ -80,7 +80,7 @@ def test_a_crash_before_the_first_commit(inputs: Path, undisturbed: Path, tmp_pa
     run = tmp_path / "run"
     with pytest.raises(Crash):
         calibrate(settings(inputs, run), Interrupting(2, crash))
-    assert state.open(run).head.generation is None
+    assert open_run(run).head.generation is None
     calibrate(settings(inputs, run), Silent())
     assert_same_statistics(run, undisturbed)
 
@@ -92,7 +92,7 @@ def test_a_signal_commits_what_is_done(inputs: Path, undisturbed: Path, tmp_path
     with pytest.raises(Stopped, match=r"2 of 6 batches committed") as error:
         calibrate(settings(inputs, run), Interrupting(2, lambda: signal.raise_signal(number)))
     assert error.value.exit_code == 75
-    assert state.open(run).head.cursor.batch == 2
+    assert open_run(run).head.cursor.batch == 2
     assert signal.getsignal(number) == before
     calibrate(settings(inputs, run), Silent())
     assert_same_statistics(run, undisturbed)
@@ -154,7 +154,7 @@ def test_another_environment_needs_consent(inputs: Path, tmp_path: Path) -> None
     assert [(d.field, d.stored, d.current) for d in error.value.differences] == [("batch", "3", "4")]
     progress = Interrupting(10**9, crash)
     calibrate(settings(inputs, run, batch=4, accept_environment=True), progress)
-    assert [environment.batch for environment in state.open(run).head.accepted_environments] == [4]
+    assert [environment.batch for environment in open_run(run).head.accepted_environments] == [4]
     assert "another environment" in progress.warnings[0]
 
 

@@ -8,7 +8,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-import state
 from stages.export.unify import connected
 from stages.fold.folds import FoldMap, fold_norm
 from stages.fold.sites import fold_map
@@ -21,9 +20,10 @@ from stages.recipe.quantizers import QuantizerPlan, plan_quantizers
 from stages.recipe.recipes import Recipe
 from stages.recipe.solvers import Solver, array_name, solver_of
 from stages.solve import gptq
-from state.layout import split_name
+from state.claim import create_run
+from state.names import split_name
+from state.reader import open_run
 from state.source import Source
-from state.store import RunWriter
 from state.update import Solution, Update
 
 CLIP = 0.8
@@ -55,7 +55,7 @@ def open_model(folder: Path, run: Path, recipe: Recipe) -> Model:
     solver = solver_of(quantizers)
     assert solver is not None
     shapes = {name: entry.shape for name, entry in source.tensors.items()}
-    folds = fold_map(shapes, skeleton.config, state.open(run).layout.relations)
+    folds = fold_map(shapes, skeleton.config, open_run(run).layout.relations)
     return Model(source, skeleton, quantizers, solver, folds)
 
 
@@ -74,7 +74,7 @@ def random_scales(model: Model) -> dict[str, Tensor]:
 def hand_solve(folder: Path, run: Path, out: Path, recipe: Recipe, per_block: bool = False) -> HandSolved:
     """Solve every layer of a run, with random scales where the recipe has any, and write it to `out`."""
     model = open_model(folder, run, recipe)
-    solver, stored = model.solver, state.open(run)
+    solver, stored = model.solver, open_run(run)
     scales = random_scales(model) if solver.method in ("awq_lite", "awq_full") or solver.awq_first else {}
     fields = {(name, "scale"): scale for name, scale in scales.items()}
     groups = [*stored.layout.groups("same_input"), *stored.layout.groups("engine_fused")]
@@ -129,8 +129,8 @@ def write_solutions(
         }
         held = {name: values.contiguous().numpy() for name, values in stacked.items()}
         solutions.append(Solution(solver_id, layer, held, attributes))
-    stored = state.open(run)
-    with RunWriter.create(out, stored.record, stored.tokens) as writer:
+    stored = open_run(run)
+    with create_run(out, stored.record, stored.tokens) as writer:
         writer.commit(Update(stored.head.cursor, True, stored.generation(), tuple(solutions)))
 
 

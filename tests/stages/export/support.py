@@ -20,12 +20,12 @@ from transformers import (
     Qwen3MoeConfig,
 )
 
-import state
 from stages.calibrate.run import calibrate
 from stages.progress import Silent
 from stages.settings import CalibrateSettings
+from state.claim import create_run
+from state.reader import open_run
 from state.source import Source
-from state.store import RunWriter
 from state.update import Generation, Update
 
 WORDS = 120
@@ -102,7 +102,7 @@ def quantized_by_modelopt(model_folder: Path, run: Path, recipe: str) -> PreTrai
     from modelopt.recipe import load_recipe
     from modelopt.recipe.presets import QUANT_CFG_CHOICES
 
-    tokens = torch.from_numpy(state.open(run).tokens.astype(np.int64))
+    tokens = torch.from_numpy(open_run(run).tokens.astype(np.int64))
 
     def forward(model: PreTrainedModel) -> None:
         for batch in tokens.split(4):
@@ -158,10 +158,10 @@ def variant_of(
     run: Path, out: Path, change: Callable[[dict[str, np.ndarray]], None], finished: bool = True
 ) -> Path:
     """A copy of a run with other statistics: `change` writes to the arrays, by `<statistic>/<key>`."""
-    stored = state.open(run)
+    stored = open_run(run)
     generation = stored.generation()
     arrays = {name: values.copy() for name, values in generation.arrays.items()}
     change(arrays)
-    with RunWriter.create(out, stored.record, stored.tokens) as writer:
+    with create_run(out, stored.record, stored.tokens) as writer:
         writer.commit(Update(stored.head.cursor, finished, Generation(generation.layout, arrays)))
     return out

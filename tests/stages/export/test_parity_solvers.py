@@ -14,7 +14,6 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-import state
 from benchmarks.dequantize import weight_of
 from stages.export.run import export
 from stages.fold.folds import FoldSite
@@ -23,6 +22,7 @@ from stages.formats.quantized import round_to_nearest
 from stages.recipe.recipes import resolve
 from stages.settings import ExportSettings
 from state.errors import InputError
+from state.reader import open_run
 from tests.stages.export import support
 from tests.stages.export.solving import hand_solve, open_model, random_scales, write_solutions
 from tests.stages.export.test_parity import assert_parity, rewrite
@@ -210,6 +210,6 @@ def test_smoothquant_needs_every_channel(tmp_path: Path, text: Path) -> None:
     model, run = make(tmp_path, text, "llama")
     calibrated = support.quantized_by_modelopt(model, run, "fp8")
     captured = capture(calibrated, str(model), tmp_path / "captured", "fp8")
-    assert state.open(captured).amax("model.layers.0.self_attn.q_proj").shape == ()
+    assert open_run(captured).amax("model.layers.0.self_attn.q_proj").shape == ()
     with pytest.raises(InputError, match="one amax for all channels"):
         export(ExportSettings(run=captured, out=tmp_path / "out", recipe="int8_smoothquant"))

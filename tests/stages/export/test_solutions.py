@@ -9,7 +9,6 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-import state
 from benchmarks.dequantize import weight_of
 from stages.export.report import ExportReport
 from stages.export.run import export
@@ -17,6 +16,7 @@ from stages.fold.folds import fold_norm
 from stages.recipe.recipes import Recipe, resolve
 from stages.settings import ExportSettings
 from state.errors import IdentityMismatch, InputError, OutOfSpace
+from state.reader import open_run
 from tests.stages.export import support
 from tests.stages.export.kill_driver import tree
 from tests.stages.export.solving import HandSolved, hand_solve, open_model, random_scales, write_solutions
@@ -146,7 +146,7 @@ def test_the_cache_scale_of_v_follows_and_that_of_k_stays(made: Path, tmp_path: 
     recipe = write_recipe(tmp_path / "recipe.yaml", "awq_lite")
     run_export(solved(made, tmp_path, recipe).run, tmp_path / "out", recipe)
     tensors = load_file(tmp_path / "out" / "model.safetensors")
-    run, attention = state.open(made / "run"), "model.layers.0.self_attn"
+    run, attention = open_run(made / "run"), "model.layers.0.self_attn"
     keys, values = (torch.tensor(run.amax(f"{attention}.{part}_bmm_quantizer")) for part in "kv")
     scale = random_scales(open_model(made / "model", made / "run", resolve(recipe)))[f"{attention}.v_proj"]
     assert tensors[f"{attention}.k_proj.k_scale"].equal(keys.max() / 448)
@@ -168,7 +168,7 @@ def test_norms_routers_and_input_scales_follow_the_scales(made: Path, tmp_path: 
     assert tensors[router].equal((source[router].float() * norm).bfloat16())
     assert tensors["model.norm.weight"].equal(source["model.norm.weight"])
 
-    run = state.open(made / "run")
+    run = open_run(made / "run")
     experts = [f"{layer}.mlp.experts.{number}" for number in range(4)]
     up = max((torch.tensor(run.amax(f"{expert}.up_proj")) / norm).max() for expert in experts)
     down = max(

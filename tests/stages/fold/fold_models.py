@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedModel
 
 from stages.model.skeleton import map_tensors
-from state.layout import Relation, split_name
+from state.layout import Relation
+from state.names import split_name
 
 TEXT: dict[str, Any] = {
     "vocab_size": 96,

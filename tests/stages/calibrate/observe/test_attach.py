@@ -13,7 +13,7 @@ from stages.calibrate.observe.attach import observed, record_weights
 from stages.calibrate.observe.relations import probe
 from stages.calibrate.schedule.whole import forward
 from stages.model.skeleton import Skeleton, load_config
-from state.layout import Site
+from state.names import Site
 from state.source import Source
 from tests.stages.calibrate import linear_moe
 from tests.stages.export import support

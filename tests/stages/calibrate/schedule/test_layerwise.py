@@ -7,7 +7,6 @@ from typing import Any
 import numpy as np
 import pytest
 
-import state
 from stages.calibrate.run import calibrate
 from stages.calibrate.schedule.choose import solved_layers
 from stages.export.run import export
@@ -17,7 +16,8 @@ from stages.progress import Silent
 from stages.recipe.recipes import resolve
 from stages.settings import ExportSettings
 from state.errors import InputError
-from state.layout import split_name
+from state.names import split_name
+from state.reader import open_run
 from tests.stages.calibrate import families, runs
 from tests.stages.calibrate.runs import Crash, Interrupting, crash
 from tests.stages.export import solving, support
@@ -54,11 +54,11 @@ def make_inputs(folder: Path, family: str) -> Path:
 
 
 def arrays(run: Path) -> dict[str, bytes]:
-    return {path: values.tobytes() for path, values in state.open(run).generation().arrays.items()}
+    return {path: values.tobytes() for path, values in open_run(run).generation().arrays.items()}
 
 
 def solutions(run: Path, layers: int = 2) -> dict[str, Any]:
-    calibration = state.open(run)
+    calibration = open_run(run)
     solver_id = next(
         path.split("/")[2]
         for path in calibration.head.objects
@@ -98,7 +98,7 @@ def test_after_a_crash_in_a_layer_the_end_is_the_same(
     calibrate(settings(moe, tmp_path / "undisturbed", **wish), Silent())
     with pytest.raises(Crash):
         calibrate(settings(moe, tmp_path / "run", **wish), Interrupting(batches, crash))
-    assert not state.open(tmp_path / "run").head.finished
+    assert not open_run(tmp_path / "run").head.finished
     calibrate(settings(moe, tmp_path / "run", **wish), Silent())
     assert arrays(tmp_path / "run") == arrays(tmp_path / "undisturbed")
     if recipe != "nvfp4":
@@ -120,9 +120,9 @@ def test_hidden_states_in_a_file_give_the_same(moe: Path, tmp_path: Path) -> Non
 def test_a_solver_is_added_to_a_finished_run(moe: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     calibrate(settings(moe, run), Silent())
-    before = state.open(run).head
+    before = open_run(run).head
     assert not calibrate(settings(moe, run, recipe="nvfp4_awq_lite"), Silent()).already_finished
-    after = state.open(run).head
+    after = open_run(run).head
     assert after.generation == before.generation and after.finished
     assert {path: after.objects[path] for path in before.objects} == before.objects
     (solver_id,) = {path.split("/")[2] for path in after.objects if "/solutions/awq" in path}
@@ -147,7 +147,7 @@ def test_experts_without_tokens_are_solved_and_named(
 ) -> None:
     run = tmp_path / "run"
     calibrate(settings(moe, run, samples=1, seq=1, recipe=recipe), Silent())
-    calibration = state.open(run)
+    calibration = open_run(run)
     experts = [f"model.layers.0.mlp.experts.{expert}.up_proj" for expert in range(4)]
     unseen = [name for name in experts if np.isnan(calibration.amax(name)).all()]
     assert len(unseen) == 2  # one token goes to two of four experts
@@ -171,7 +171,7 @@ def test_what_is_solved_is_what_export_folds(family: str, tmp_path: Path) -> Non
     support.make_text(tmp_path / "text.jsonl")
     calibrate(settings(tmp_path, tmp_path / "run", recipe="nvfp4_awq_lite"), Silent())
 
-    calibration = state.open(tmp_path / "run")
+    calibration = open_run(tmp_path / "run")
     model = solving.open_model(tmp_path / "model", tmp_path / "run", resolve("nvfp4_awq_lite"))
     solved = Solved(calibration, model.solver, model.quantizers)
     modules = [name for name in model.quantizers.weights if split_name(name)[1] is not None]

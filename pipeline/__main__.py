@@ -1,5 +1,0 @@
-"""`python -m pipeline` is `holdfast`."""
-
-from pipeline.cli import main
-
-main()

@@ -1,0 +1,85 @@
+"""Begin a run: claim its place, then make it there."""
+
+from contextlib import ExitStack, suppress
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+import numpy as np
+from numpy.typing import NDArray
+
+from state.durable import Disk
+from state.errors import InputError
+from state.head import HEAD, HEADS
+from state.identity import tokens_digest
+from state.objects import ZARR
+from state.record import RunRecord
+from state.recovery import published
+from state.store import EVENTS, LOCK, RECORD, RunWriter
+
+OWN_NAMES = frozenset({HEAD, f"{HEAD}.tmp", HEADS, ZARR, RECORD, EVENTS, LOCK, "activations"})
+
+
+def create_run(
+    path: Path | str, record: RunRecord, tokens: NDArray[np.int32], disk: Disk | None = None
+) -> RunWriter:
+    """Make a new run with its tokens and no statistics yet, in place of what a creation cut short left.
+
+    Args:
+        tokens: int32 [windows, seq], with the digest that `record.identity` has.
+
+    Raises:
+        InputError, RunBusy, OutOfSpace: see `Claim`.
+    """
+    with Claim(path, disk) as claim:
+        return claim.create(record, tokens)
+
+
+class Claim:
+    """Holds the lock of a run that does not exist yet, so that a second process is refused before it begins.
+
+    A context manager; `create` hands the lock on to the writer. Left without it, nothing stays behind.
+
+    Raises (on entering):
+        InputError: the run exists, or the folder holds other files.
+        RunBusy, OutOfSpace: see `Disk`.
+    """
+
+    def __init__(self, path: Path | str, disk: Disk | None = None) -> None:
+        self.path, self.disk = Path(path), disk or Disk()
+        self._held = ExitStack()
+        self._made_folder = False
+
+    def __enter__(self) -> Self:
+        if self.path.exists() and not self.path.is_dir():
+            raise InputError(f"{self.path} is a file. Choose another name for the run.")
+        if foreign := set(self.disk.list(self.path)) - OWN_NAMES:
+            raise InputError(
+                f"{self.path} holds other files ({min(foreign)}). Choose an empty or new folder for the run."
+            )
+        self._made_folder = not self.path.exists()
+        with ExitStack() as held:
+            held.enter_context(self.disk.lock(self.path / LOCK))
+            if published(self.path, self.disk):
+                raise InputError(f"{self.path} exists already. Resume it, or choose another name.")
+            self._held = held.pop_all()
+        return self
+
+    def create(self, record: RunRecord, tokens: NDArray[np.int32]) -> RunWriter:
+        """Make the run, with its tokens and no statistics yet; see `create_run`."""
+        if tokens.dtype != np.int32 or tokens.ndim != 2 or tokens_digest(tokens) != record.identity.tokens:
+            raise ValueError("tokens must be int32 [windows, seq] and those of record.identity")
+        for name in self.disk.list(self.path):
+            if name != LOCK:
+                self.disk.delete(self.path / name)
+        self._made_folder = False
+        return RunWriter.begin(self.path, self.disk, record, tokens, self._held.pop_all())
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._made_folder:  # unlinked while still locked: whoever waits for this file finds it has no name
+            (self.path / LOCK).unlink(missing_ok=True)
+            with suppress(OSError):
+                self.path.rmdir()
+        self._held.close()
