@@ -32,6 +32,7 @@ from stages.calibrate.schedule.solving import SolverPass
 from stages.fold.sites import fold_map
 from stages.model.decoder import find_decoder
 from stages.model.skeleton import Skeleton, load_config
+from stages.model.text_model import TextModel
 from stages.recipe.quantizers import plan_quantizers
 from stages.recipe.recipes import resolve
 from stages.recipe.solvers import solver_of
@@ -83,7 +84,7 @@ class Resident:
         self.layout = plan_layout(self.skeleton, probe(self.skeleton, model))
         self.plans = {name: plan_quantizers(self.skeleton, resolve(name)) for name in RECIPES.values()}
         shapes = {name: entry.shape for name, entry in self.source.tensors.items()}
-        self.folds = fold_map(shapes, self.skeleton.config, self.layout.relations)
+        self.folds = fold_map(shapes, TextModel.of(self.skeleton.config), self.layout.relations)
         self.parameters = sum(
             math.prod(self.source.tensors[f"{name}.weight"].shape)
             for name in self.plans[RECIPES["AWQ full"]].weights

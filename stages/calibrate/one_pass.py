@@ -20,6 +20,7 @@ from stages.calibrate.schedule.steps import Schedule, Step
 from stages.calibrate.schedule.whole import WholeModel
 from stages.calibrate.signals import StopRequest
 from stages.fold.sites import fold_map
+from stages.model.text_model import TextModel
 from stages.progress import Progress
 from stages.settings import CalibrateSettings
 from state.background import BackgroundWriter
@@ -131,7 +132,7 @@ class Pass:
         if solved:
             self._require_same_environment(work.solver.id, min(solved))
         shapes = {name: entry.shape for name, entry in work.source.tensors.items()}
-        folds = fold_map(shapes, work.config, statistics.layout.relations)
+        folds = fold_map(shapes, TextModel.of(work.config), statistics.layout.relations)
         attributes = {"environment": work.environment.model_dump(mode="json")}
         return SolverPass(work.solver, work.quantizers, work.skeleton, statistics, folds, solved, attributes)
 

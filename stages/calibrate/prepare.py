@@ -16,7 +16,8 @@ from stages.calibrate.text.tokens import token_matrix
 from stages.model.folder import locate
 from stages.model.skeleton import Skeleton, load_config, refuse_quantized
 from stages.progress import Progress
-from stages.recipe.quantizers import QuantizerPlan, plan_quantizers
+from stages.recipe.quantizer_plan import QuantizerPlan
+from stages.recipe.quantizers import plan_quantizers
 from stages.recipe.recipes import resolve
 from stages.recipe.solvers import Solver, solver_of
 from stages.settings import CalibrateSettings

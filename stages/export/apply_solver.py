@@ -15,9 +15,9 @@ from stages.export.solved import Solved
 from stages.export.unify import PolicyUse, connected, merge
 from stages.fold.folds import FoldMap
 from stages.fold.sites import fold_map
-from stages.model.skeleton import Skeleton
 from stages.model.weights import largest_magnitude, read_tensor
-from stages.recipe.quantizers import QuantizerPlan
+from stages.recipe.model_plan import ModelPlan, Scales
+from stages.recipe.quantizer_plan import QuantizerPlan
 from stages.recipe.solvers import Solver
 from stages.settings import Fold
 from stages.solve.smoothquant import pre_quant_scale
@@ -30,20 +30,24 @@ FUSED_EXPERTS = "modelopt does not smooth experts that the model class stores fu
 
 @dataclass(frozen=True)
 class Subject:
-    """What is exported: a run, the source it was calibrated from, and a recipe's plan for it.
-
-    dtype: what the model computes in.
-    """
+    """What is exported: a run, the source it was calibrated from, and a recipe's plan for it."""
 
     run: Calibration
     source: Source
-    skeleton: Skeleton
-    quantizers: QuantizerPlan
-    dtype: torch.dtype
+    plan: ModelPlan
+
+    @property
+    def quantizers(self) -> QuantizerPlan:
+        return self.plan.quantizers
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What the model computes in."""
+        return getattr(torch, self.plan.dtype)
 
     def matrix_shape(self, module: str) -> tuple[int, int]:
         """`(out, in)` of a module's weight."""
-        return self.skeleton.matrix(module).shape(self.source.tensors)
+        return self.plan.matrices[module].shape(self.source.tensors)
 
 
 @dataclass(frozen=True)
@@ -58,6 +62,13 @@ class Applied:
     rescaling: Rescaling
     solved: Solved | None = None
     kept_at_one: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def scales(self) -> Scales:
+        """Where the solver's input scales are."""
+        if self.solved is None:
+            return "plain"
+        return "separate" if self.rescaling.separate else "folded"
 
     @property
     def policies(self) -> tuple[PolicyUse, ...]:
@@ -91,7 +102,7 @@ def _solution(solved: Solved, subject: Subject, fold: Fold) -> Rescaling:
     """The scales of a solver's solutions, folded or separate."""
     quantizers = subject.quantizers
     shapes = {name: entry.shape for name, entry in subject.source.tensors.items()}
-    folds = fold_map(shapes, subject.skeleton.config, subject.run.layout.relations)
+    folds = fold_map(shapes, subject.plan.text, subject.run.layout.relations)
     scales = solved.scales(folds.sites)
     norms = _norm_tensors(folds, scales, subject.source)
     if fold == "auto" or not scales:
@@ -135,7 +146,7 @@ def _packed_amax(rescaling: Rescaling, subject: Subject) -> dict[str, Tensor]:
     result = {}
     for module in rescaling.separate:
         if subject.quantizers.weights[module].tensor_leaf is not None:
-            weight = rescaling.to_pack(module, subject.skeleton.matrix(module).read(subject.source))
+            weight = rescaling.to_pack(module, subject.plan.matrices[module].read(subject.source))
             result[module] = largest_magnitude(weight.reshape(-1))
     return result
 
@@ -147,5 +158,5 @@ def _norm_tensors(folds: FoldMap, scales: Iterable[str], source: Source) -> dict
 
 def _largest_columns(modules: Iterable[str], subject: Subject) -> Tensor:
     """Largest |w| of each input channel, one row per module: `[modules, columns]`."""
-    weights = (subject.skeleton.matrix(module).read(subject.source) for module in modules)
+    weights = (subject.plan.matrices[module].read(subject.source) for module in modules)
     return torch.stack([weight.to(subject.dtype).abs().amax(0) for weight in weights])

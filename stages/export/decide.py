@@ -10,7 +10,7 @@ from stages.export import scales
 from stages.export.observed import Observed, expert_families, input_quantizer, kv_quantizers
 from stages.export.unify import ExpertFamily, Policies, PolicyUse, unify
 from stages.export.units import kv_scale_names
-from stages.recipe.quantizers import QuantizerPlan
+from stages.recipe.quantizer_plan import QuantizerPlan
 
 UNIT_SCALE = 1.0
 """The cache scale of recipes that fix it (`*_cast`); written out, since engines warn about a missing one."""

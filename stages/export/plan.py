@@ -3,15 +3,12 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
-
-import torch
 
 from stages.export.apply_solver import Subject, apply_solver
-from stages.export.config import carried_files, config_files, with_pre_quant_scale
+from stages.export.carried import carried_files
 from stages.export.decide import decide
 from stages.export.observed import Observed, observed
-from stages.export.provenance import export_identity, require_same_source
+from stages.export.provenance import export_identity, require_same_config, require_same_shapes
 from stages.export.report import REPORT, ExportReport, describe
 from stages.export.shards import index
 from stages.export.solved import calibrate_command
@@ -20,11 +17,11 @@ from stages.export.unify import Policies
 from stages.export.units import Shard, assign_shards, check_engine_rules, check_widths, plan_units
 from stages.model.folder import locate
 from stages.model.matrices import StoredMatrix
-from stages.model.skeleton import Skeleton, load_config, refuse_quantized
 from stages.model.weights import TORCH_DTYPES
 from stages.progress import Progress
-from stages.recipe.quantizers import plan_quantizers
-from stages.recipe.recipes import Recipe, resolve
+from stages.recipe.kept_plans import keep_plan, kept_plan
+from stages.recipe.model_plan import ModelPlan, make_plan
+from stages.recipe.recipes import Recipe
 from stages.recipe.solvers import solver_of
 from stages.settings import ExportSettings
 from state.errors import InputError
@@ -59,19 +56,16 @@ def plan_export(settings: ExportSettings, progress: Progress) -> ExportPlan:
     )
     folder = locate(model, revision, progress)
     source = Source.open(folder)
-    config = load_config(folder, settings.trust_remote_code)
-    refuse_quantized(config, folder)
-    require_same_source(folder, source, config, run.record)
-    skeleton = Skeleton(config, source.tensors, settings.trust_remote_code)
-    recipe = resolve(settings.recipe or str(run.record.settings["recipe"]))
-    quantizers = plan_quantizers(skeleton, recipe)
-    solver = solver_of(quantizers)
+    require_same_shapes(source, run.record)
+    plan = _model_plan(settings, run, folder, source)
+    require_same_config(folder, plan.config, run.record)
+    quantizers = plan.quantizers
+    recipe, solver = quantizers.recipe, solver_of(quantizers)
     check_engine_rules(quantizers, run.layout.groups("engine_fused"), source.tensors)
-    dtype = _dtype(skeleton, source)
     found = observed(run, quantizers)
-    matrices = {module: skeleton.matrix(module) for module in quantizers.weights}
-    _check_widths(found, matrices, source)
-    applied = apply_solver(solver, Subject(run, source, skeleton, quantizers, dtype), found, settings.fold)
+    _check_widths(found, plan.matrices, source)
+    subject = Subject(run, source, plan)
+    applied = apply_solver(solver, subject, found, settings.fold)
     policies = Policies(settings.unseen, settings.conflict, settings.dead, settings.expert_input_scale)
     decisions = decide(
         applied.found,
@@ -80,15 +74,16 @@ def plan_export(settings: ExportSettings, progress: Progress) -> ExportPlan:
         run.layout.groups("engine_fused"),
         policies,
     )
-    written = applied.rescaling.written
     units = plan_units(
-        source.tensors, quantizers, matrices, decisions.weights_only, written, SAFETENSORS_DTYPES[dtype]
+        source.tensors,
+        quantizers,
+        plan.matrices,
+        decisions.weights_only,
+        applied.rescaling.written,
+        SAFETENSORS_DTYPES[subject.dtype],
     )
     shards = assign_shards(units, settings.shard_size)
-    hf_quant_config = quantizers.hf_quant_config
-    if applied.solved is not None:
-        hf_quant_config = with_pre_quant_scale(hf_quant_config, bool(applied.rescaling.separate))
-    small = _small_files(folder, skeleton, hf_quant_config, dtype, shards)
+    small = _small_files(folder, plan.files[applied.scales], shards)
     source_bytes = sum(entry.nbytes for entry in source.tensors.values())
     report = describe(
         _public_name(recipe),
@@ -102,7 +97,8 @@ def plan_export(settings: ExportSettings, progress: Progress) -> ExportPlan:
     )
     small[REPORT] = report.encode()
     carried = {name: digest(data) for name, data in small.items() if name != REPORT}
-    identity = export_identity(run, recipe, policies, solver, settings.fold, shards, str(dtype), carried)
+    dtype = str(subject.dtype)
+    identity = export_identity(run, recipe, policies, solver, settings.fold, shards, dtype, carried)
     ingredients = Ingredients(
         source,
         run.record.identity.tensors,
@@ -123,29 +119,25 @@ def _check_widths(found: Observed, matrices: Mapping[str, StoredMatrix], source:
     check_widths(widths, matrices, source.tensors)
 
 
-def _small_files(
-    folder: Path,
-    skeleton: Skeleton,
-    hf_quant_config: dict[str, Any],
-    dtype: torch.dtype,
-    shards: Sequence[Shard],
-) -> dict[str, bytes]:
+def _small_files(folder: Path, configuration: Mapping[str, str], shards: Sequence[Shard]) -> dict[str, bytes]:
     """Every file that is no shard, by name; what the export makes itself wins over what the source holds."""
     files = {name: (folder / name).read_bytes() for name in carried_files(folder)}
-    files |= config_files(skeleton, hf_quant_config, str(dtype).removeprefix("torch."))
+    files |= {name: text.encode() for name, text in configuration.items()}
     if len(shards) > 1:
         files["model.safetensors.index.json"] = index([(shard.file, shard.specs) for shard in shards])
     return dict(sorted(files.items()))
 
 
-def _dtype(skeleton: Skeleton, source: Source) -> torch.dtype:
-    """What the model computes in: its configuration's dtype, or else that of the first float tensor."""
-    stated = skeleton.config.dtype
-    if stated is not None:
-        return getattr(torch, stated) if isinstance(stated, str) else stated
-    return next(
-        (TORCH_DTYPES[e.dtype] for e in source.tensors.values() if e.dtype in TORCH_DTYPES), torch.bfloat16
-    )
+def _model_plan(settings: ExportSettings, run: Calibration, folder: Path, source: Source) -> ModelPlan:
+    """What the run keeps of an earlier export or of its calibration, or else what transformers and modelopt
+    say now; then it is kept.
+    """
+    recipe = settings.recipe or str(run.record.settings["recipe"])
+    plan = kept_plan(settings.run, folder, source, recipe)
+    if plan is None:
+        plan = make_plan(folder, source, recipe, settings.trust_remote_code)
+        keep_plan(settings.run, folder, source, recipe, plan)
+    return plan
 
 
 def _public_name(recipe: Recipe) -> str:

@@ -1,13 +1,9 @@
 """What an export is made from, and whether the source at hand is the one the run was calibrated with."""
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
-
-from transformers import PretrainedConfig
 
 from stages.export.unify import Policies
 from stages.export.units import Shard
@@ -15,7 +11,7 @@ from stages.model.folder import tokenizer_digests
 from stages.recipe.recipes import Recipe
 from stages.recipe.solvers import Solver
 from state.errors import Difference, IdentityMismatch
-from state.identity import digest_json, flatten
+from state.identity import digest_json
 from state.objects import ZARR
 from state.reader import Calibration
 from state.record import RunRecord
@@ -25,23 +21,29 @@ PACKAGES = ("holdfast", "nvidia-modelopt", "torch", "transformers")
 """Those whose version may change what is written."""
 
 
-def require_same_source(folder: Path, source: Source, config: PretrainedConfig, record: RunRecord) -> None:
-    """Compare all but the tensors' bytes with the run's identity; those are compared as they are read.
+def require_same_shapes(source: Source, record: RunRecord) -> None:
+    """Raise IdentityMismatch naming every tensor whose dtype or shape is not the run's.
+
+    The bytes are compared as they are read.
+    """
+    recorded = {name: text.partition(" ")[0] for name, text in record.identity.tensors.items()}
+    shapes = {
+        name: f"{entry.dtype}[{','.join(map(str, entry.shape))}]" for name, entry in source.tensors.items()
+    }
+    refuse_other_tensors(source, recorded, shapes)
+
+
+def require_same_config(folder: Path, config: Mapping[str, str], record: RunRecord) -> None:
+    """Compare the flattened configuration and the tokenizer in `folder` with the run's identity.
 
     Config fields that only one of two transformers versions knows are passed over. Raises IdentityMismatch
     naming every difference.
     """
-    recorded_shapes = {name: text.partition(" ")[0] for name, text in record.identity.tensors.items()}
-    shapes = {
-        name: f"{entry.dtype}[{','.join(map(str, entry.shape))}]" for name, entry in source.tensors.items()
-    }
-    refuse_other_tensors(source, recorded_shapes, shapes)
-    fields = flatten(json.loads(config.to_json_string(use_diff=False)))
-    recorded_fields = record.identity.config
+    fields, recorded = dict(config), record.identity.config
     if record.environment.transformers != version("transformers"):
-        fields = {name: value for name, value in fields.items() if name in recorded_fields}
-        recorded_fields = {name: value for name, value in recorded_fields.items() if name in fields}
-    found = _differences("config", recorded_fields, fields)
+        fields = {name: value for name, value in fields.items() if name in recorded}
+        recorded = {name: value for name, value in recorded.items() if name in fields}
+    found = _differences("config", recorded, fields)
     found += _differences("tokenizer", record.identity.tokenizer, tokenizer_digests(folder))
     _refuse(folder, found)
 
@@ -83,7 +85,7 @@ def export_identity(
         "run.tokens": record.identity.tokens,
         "run.statistics": digest_json(sorted(statistics.items())),
         "run.finished": str(run.head.finished),
-        "recipe": digest_json(_text_keys([recipe.quant_cfg, recipe.algorithm, recipe.algorithm_options])),
+        "recipe": recipe.digest,
         "solver": "none" if solver is None else solver.id,
         "solutions": digest_json(sorted(solutions.items())),
         "fold": fold,
@@ -93,13 +95,6 @@ def export_identity(
         "carried": digest_json(sorted(carried.items())),
         **{f"version.{package}": version(package) for package in PACKAGES},
     }
-
-
-def _text_keys(value: Any) -> Any:
-    """The value with text keys: recipes name axes by number (`block_sizes: {-1: 16}`), unsortable."""
-    if isinstance(value, Mapping):
-        return {str(key): _text_keys(item) for key, item in value.items()}
-    return [_text_keys(item) for item in value] if isinstance(value, list | tuple) else value
 
 
 def _differences(kind: str, recorded: Mapping[str, str], current: Mapping[str, str]) -> list[Difference]:

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from stages.export.unify import PolicyUse
-from stages.recipe.quantizers import QuantizerPlan
+from stages.recipe.quantizer_plan import QuantizerPlan
 from stages.recipe.solvers import Solver, array_name
 from stages.settings import POSITIONAL, as_options
 from state.errors import InputError

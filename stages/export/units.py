@@ -11,7 +11,7 @@ from fnmatch import fnmatchcase
 from stages.export.shards import TensorSpec
 from stages.formats import WeightFormat
 from stages.model.matrices import StoredMatrix
-from stages.recipe.quantizers import QuantizerPlan
+from stages.recipe.quantizer_plan import QuantizerPlan
 from state.errors import InputError
 from state.source import TensorEntry
 

@@ -12,10 +12,9 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
-from transformers import PretrainedConfig
-
 from stages.fold.families import FAMILIES, Family
 from stages.fold.folds import FoldMap, FoldSite, Operand
+from stages.model.text_model import TextModel
 from state.layout import Relation
 from state.names import join_name, split_name
 
@@ -28,17 +27,15 @@ FINAL = "the final norm's output is the model's last hidden state too, which MTP
 NOTHING = "no norm, V or up projection stands directly before it"
 
 
-def fold_map(
-    shapes: Mapping[str, Sequence[int]], config: PretrainedConfig, relations: Iterable[Relation]
-) -> FoldMap:
+def fold_map(shapes: Mapping[str, Sequence[int]], text: TextModel, relations: Iterable[Relation]) -> FoldMap:
     """Every place where a scale can be folded, and the reason for all other modules of the calibrated layers.
 
     Args:
         shapes: hub tensor → shape, of the whole checkpoint.
-        config: the model's configuration; its text model's part is used.
+        text: the model that the relations were seen in.
         relations: of any kind; those of kind `norm_consumers` are used.
     """
-    checkpoint = _Checkpoint({name: tuple(shape) for name, shape in shapes.items()}, config.get_text_config())
+    checkpoint = _Checkpoint({name: tuple(shape) for name, shape in shapes.items()}, text)
     seen = [relation for relation in relations if relation.kind == "norm_consumers"]
     layers = {(_split_leaf(relation.norm or "")[0], layer) for relation in seen for layer in relation.layers}
     places = [place for place in checkpoint.places if (_split_leaf(place[0])[0], place[1]) in layers]
@@ -76,11 +73,11 @@ class _Checkpoint:
     """The tensors of a checkpoint, seen as modules with a weight."""
 
     shapes: dict[str, tuple[int, ...]]
-    config: PretrainedConfig
+    text: TextModel
 
     @cached_property
     def family(self) -> Family | None:
-        return FAMILIES.get(self.config.model_type)
+        return FAMILIES.get(self.text.model_type)
 
     @cached_property
     def places(self) -> dict[tuple[str, int | None], list[str]]:
@@ -95,7 +92,7 @@ class _Checkpoint:
     def refusal(self, module: str) -> str | None:
         """Why this family can't have the module's input scaled, or None."""
         if self.family is None:
-            return f"folding was not checked for model type {self.config.model_type!r}"
+            return f"folding was not checked for model type {self.text.model_type!r}"
         return self.family.impossible.get(_split_leaf(split_name(module)[0])[1])
 
     def operand(self, module: str) -> Operand | None:
@@ -144,7 +141,7 @@ def _norms(checkpoint: _Checkpoint, relations: Iterable[Relation]) -> dict[str, 
 def _norm_site(checkpoint: _Checkpoint, norm: str, consumers: Sequence[str]) -> FoldSite | str:
     leaf = _split_leaf(split_name(norm)[0])[1]
     if checkpoint.family is None or leaf not in checkpoint.family.norms:
-        return f"folding into {leaf} was not checked for model type {checkpoint.config.model_type!r}"
+        return f"folding into {leaf} was not checked for model type {checkpoint.text.model_type!r}"
     weight = f"{norm}.weight"
     if weight not in checkpoint.shapes:
         return f"the checkpoint has no {weight}"
@@ -167,7 +164,8 @@ def _value_site(checkpoint: _Checkpoint, module: str, output: str) -> FoldSite |
     source, consumer = checkpoint.operand(module), checkpoint.operand(output)
     if source is None or consumer is None:
         return f"the checkpoint has no unquantized weight of {module} or {output}"
-    heads = checkpoint.config.num_attention_heads
+    heads = checkpoint.text.heads
+    assert heads is not None, output
     width = consumer.columns // heads
     if module.endswith(".kv_b_proj"):
         period = source.rows // heads
@@ -191,9 +189,8 @@ def _down_site(checkpoint: _Checkpoint, module: str, gate: str, down: str) -> Fo
         return f"{module} has {source.rows} rows, but {down} reads {consumer.columns}"
     degree = 1
     if checkpoint.operand(gate) is None:
-        activation = getattr(checkpoint.config, "mlp_hidden_act", None) or checkpoint.config.hidden_act
-        if activation != "relu2":
-            return f"{activation} between up and down doesn't let a scale through"
+        if checkpoint.text.activation != "relu2":
+            return f"{checkpoint.text.activation} between up and down doesn't let a scale through"
         degree = 2
     sources = checkpoint.with_bias(source)
     return FoldSite("up_to_down", module, consumer.columns, sources, (consumer,), degree=degree)

@@ -8,38 +8,17 @@ checked against modelopt 0.47.
 import contextlib
 import io
 import warnings
-from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any
 
 from torch import nn
 
 from stages.formats import TABLE, WeightFormat
 from stages.model.skeleton import ExpertsModule, Skeleton, build_meta_model
+from stages.recipe.quantizer_plan import KvFormat, QuantizerPlan
 from stages.recipe.recipes import Recipe
 from state.errors import InputError
 
 ALGORITHMS = ("max", "awq_lite", "awq_clip", "awq_full", "gptq", "smoothquant")
-KvFormat = Literal["fp8", "fp8_cast"]
-
-
-@dataclass(frozen=True)
-class QuantizerPlan:
-    """What a recipe does to a model, in hub names.
-
-    weights: linear or expert projection → its format. inputs: the same modules where the input is quantized
-    too → the name of modelopt's quantizer. constant_inputs: those whose amax the recipe fixes. kv: attention
-    module → KV cache format (`fp8_cast`: the recipe fixes the scale at one). fused_experts: expert
-    projections that share one quantizer per layer. hf_quant_config: what modelopt writes to
-    `hf_quant_config.json`, names mapped to the hub's.
-    """
-
-    recipe: Recipe
-    weights: dict[str, WeightFormat] = field(default_factory=dict)
-    inputs: dict[str, str] = field(default_factory=dict)
-    constant_inputs: dict[str, float] = field(default_factory=dict)
-    kv: dict[str, KvFormat] = field(default_factory=dict)
-    fused_experts: frozenset[str] = frozenset()
-    hf_quant_config: dict[str, Any] = field(default_factory=dict)
 
 
 def plan_quantizers(skeleton: Skeleton, recipe: Recipe) -> QuantizerPlan:

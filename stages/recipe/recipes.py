@@ -3,14 +3,17 @@
 import contextlib
 import copy
 import io
+from collections.abc import Mapping
 from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
 from state.errors import InputError
+from state.identity import digest_json
 
-PRESET_PREFIXES = ("general/ptq/", "huggingface/", "models/")
+PRESETS = "configs/ptq/presets/model"
+"""Where modelopt's library of recipes has its presets."""
 
 
 @dataclass(frozen=True)
@@ -27,6 +30,16 @@ class Recipe:
     algorithm: str
     algorithm_options: dict[str, Any]
     awq_first: bool = False
+
+    @property
+    def digest(self) -> str:
+        """Of all that a checkpoint's bytes depend on."""
+        return digest_json(_text_keys([self.quant_cfg, self.algorithm, self.algorithm_options]))
+
+    def as_json(self) -> dict[str, Any]:
+        """The recipe as JSON holds it: for its digest and its solver, not to place quantizers by."""
+        stated: dict[str, Any] = _text_keys(vars(self))
+        return stated
 
     def config(self) -> dict[str, Any]:
         """The recipe as `mtq.quantize` takes it, without an algorithm: quantizers are placed, nothing is
@@ -61,6 +74,19 @@ def shipped() -> list[str]:
     return [*QUANT_CFG_CHOICES, *files]
 
 
+def is_shipped(name: str) -> bool:
+    """Whether a name means a recipe of modelopt's library, and nothing of a person's own."""
+    root = _library()
+    shipped = (root / PRESETS / f"{name}.yaml").is_file() or (root / f"{name}.yaml").is_file()
+    return shipped and not any(Path(name + suffix).exists() for suffix in ("", ".yaml", ".yml"))
+
+
+def _library() -> Path:
+    import modelopt_recipes
+
+    return Path(modelopt_recipes.__file__).parent
+
+
 def _load_file(name: str) -> dict[str, Any]:
     from modelopt.recipe import load_recipe
     from modelopt.recipe.config import ModelOptPTQRecipe
@@ -78,6 +104,13 @@ def _load_file(name: str) -> dict[str, Any]:
         )
     quantize: dict[str, Any] = recipe.quantize.model_dump(exclude_unset=True)
     return quantize
+
+
+def _text_keys(value: Any) -> Any:
+    """The value with text keys: recipes name axes by number (`block_sizes: {-1: 16}`), unsortable."""
+    if isinstance(value, Mapping):
+        return {str(key): _text_keys(item) for key, item in value.items()}
+    return [_text_keys(item) for item in value] if isinstance(value, list | tuple) else value
 
 
 def _recipe(name: str, config: dict[str, Any]) -> Recipe:

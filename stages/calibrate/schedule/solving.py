@@ -14,7 +14,7 @@ from stages.calibrate.observe.second_moments import Moments
 from stages.fold.folds import FoldMap, FoldSite
 from stages.formats import WeightFormat
 from stages.model.skeleton import Skeleton
-from stages.recipe.quantizers import QuantizerPlan
+from stages.recipe.quantizer_plan import QuantizerPlan
 from stages.recipe.solvers import Solver, stacked_name
 from stages.solve.layer import Group, Place, solve_layer
 from stages.solve.moments import SiteStatistics

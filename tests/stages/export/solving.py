@@ -15,8 +15,10 @@ from stages.formats import FP8, WeightFormat
 from stages.formats.quantized import Quantized, quantize, round_to_nearest
 from stages.formats.weight_format import tensor_amax
 from stages.model.skeleton import Skeleton, load_config
+from stages.model.text_model import TextModel
 from stages.model.weights import read_tensor
-from stages.recipe.quantizers import QuantizerPlan, plan_quantizers
+from stages.recipe.quantizer_plan import QuantizerPlan
+from stages.recipe.quantizers import plan_quantizers
 from stages.recipe.recipes import Recipe
 from stages.recipe.solvers import Solver, array_name, solver_of
 from stages.solve import gptq
@@ -55,7 +57,7 @@ def open_model(folder: Path, run: Path, recipe: Recipe) -> Model:
     solver = solver_of(quantizers)
     assert solver is not None
     shapes = {name: entry.shape for name, entry in source.tensors.items()}
-    folds = fold_map(shapes, skeleton.config, open_run(run).layout.relations)
+    folds = fold_map(shapes, TextModel.of(skeleton.config), open_run(run).layout.relations)
     return Model(source, skeleton, quantizers, solver, folds)
 
 

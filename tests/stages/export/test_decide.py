@@ -10,7 +10,7 @@ from stages.export.decide import Decisions, decide
 from stages.export.observed import Observed, expert_families
 from stages.export.unify import Policies
 from stages.formats import FP8, NVFP4
-from stages.recipe.quantizers import QuantizerPlan
+from stages.recipe.quantizer_plan import QuantizerPlan
 from stages.recipe.recipes import Recipe
 from stages.settings import UnseenPolicy
 

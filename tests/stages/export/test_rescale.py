@@ -12,6 +12,7 @@ from stages.export.rescale import Rescaling, folded, kept_apart, smoothed
 from stages.fold.folds import FoldMap, FoldSite, Operand
 from stages.fold.sites import fold_map
 from stages.model.skeleton import load_config
+from stages.model.text_model import TextModel
 from state.errors import InputError
 from tests.stages.fold import fold_models
 from tests.stages.fold.fold_models import load_model, logits, read_tensors, save_model, write_tensors
@@ -131,7 +132,7 @@ def test_a_model_with_its_formats_off_has_the_same_logits(model_type: str, tmp_p
     tensors = read_tensors(tmp_path)
     shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     relations = fold_models.norm_consumers(model, list(tensors))
-    folds = fold_map(shapes, load_config(tmp_path), relations)
+    folds = fold_map(shapes, TextModel.of(load_config(tmp_path)), relations)
     generator = torch.Generator().manual_seed(0)
     scales, norms = {}, {}
     for name, site in folds.sites.items():

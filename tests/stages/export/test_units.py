@@ -15,7 +15,7 @@ from stages.export.units import (
 )
 from stages.formats import FP8, INT4_AWQ, INT8_SQ, NVFP4, W4A8_AWQ, WeightFormat
 from stages.model.matrices import StoredMatrix
-from stages.recipe.quantizers import QuantizerPlan
+from stages.recipe.quantizer_plan import QuantizerPlan
 from stages.recipe.recipes import Recipe
 from state.errors import InputError
 from state.source import TensorEntry

@@ -10,6 +10,7 @@ from transformers import PreTrainedModel
 from stages.fold.families import FAMILIES
 from stages.fold.folds import FoldMap, fold_norm
 from stages.fold.sites import fold_map
+from stages.model.text_model import TextModel
 from tests.stages.fold.fold_models import (
     CONFIGS,
     load_model,
@@ -52,7 +53,7 @@ PLACES = {
 
 def map_of(model: PreTrainedModel, tensors: dict[str, Tensor]) -> FoldMap:
     shapes = {name: tensor.shape for name, tensor in tensors.items()}
-    return fold_map(shapes, model.config, norm_consumers(model, list(tensors)))
+    return fold_map(shapes, TextModel.of(model.config), norm_consumers(model, list(tensors)))
 
 
 def random_scales(folds: FoldMap) -> dict[str, Tensor]:

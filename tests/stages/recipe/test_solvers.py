@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 
 from stages.formats import INT4_AWQ, INT8_SQ, NVFP4, WeightFormat
-from stages.recipe.quantizers import QuantizerPlan
+from stages.recipe.quantizer_plan import QuantizerPlan
 from stages.recipe.recipes import Recipe, resolve
 from stages.recipe.solvers import array_name, solver_of, stacked_name
 from state.errors import InputError

@@ -1,31 +1,13 @@
-"""A checkpoint's configuration, as modelopt writes it, and the files carried along from the source."""
+"""`config.json` and `hf_quant_config.json` of a quantized checkpoint, as modelopt writes them."""
 
 import json
-from pathlib import Path
 from typing import Any
 
 from stages.model.skeleton import Skeleton
 
-CARRIED = (
-    "tokenizer*",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.*",
-    "merges.txt",
-    "*.model",
-    "*.tiktoken",
-    "chat_template*",
-    "additional_chat_templates/*",
-    "generation_config.json",
-    "preprocessor_config.json",
-    "processor_config.json",
-    "*.py",
-)
-"""Files of the source folder that are copied byte for byte."""
 
-
-def config_files(skeleton: Skeleton, hf_quant_config: dict[str, Any], dtype: str) -> dict[str, bytes]:
-    """`config.json` and `hf_quant_config.json`, as modelopt's `export_hf_checkpoint` fills them.
+def config_files(skeleton: Skeleton, hf_quant_config: dict[str, Any], dtype: str) -> dict[str, str]:
+    """Name → text of both files, as modelopt's `export_hf_checkpoint` fills them.
 
     Args:
         skeleton: its config is normalized by transformers, as `save_pretrained` does.
@@ -59,18 +41,12 @@ def with_pre_quant_scale(hf_quant_config: dict[str, Any], separate: bool) -> dic
             return entry | {"quant_algo": "NVFP4_AWQ", "has_zero_point": False, "pre_quant_scale": True}
         return entry | {"pre_quant_scale": separate} if "pre_quant_scale" in entry else entry
 
-    quantization = stated(hf_quant_config["quantization"])
+    quantization = dict(stated(hf_quant_config["quantization"]))
     if "quantized_layers" in quantization:
         layers = {name: stated(entry) for name, entry in quantization["quantized_layers"].items()}
         quantization["quantized_layers"] = layers
     return hf_quant_config | {"quantization": quantization}
 
 
-def carried_files(folder: Path) -> list[str]:
-    """Names, relative to the source folder, of the files to carry along; sorted."""
-    found = {path for pattern in CARRIED for path in folder.glob(pattern) if path.is_file()}
-    return sorted(path.relative_to(folder).as_posix() for path in found)
-
-
-def _json(content: dict[str, Any]) -> bytes:
-    return (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode()
+def _json(content: dict[str, Any]) -> str:
+    return json.dumps(content, indent=2, ensure_ascii=False) + "\n"

@@ -1,0 +1,90 @@
+"""What transformers and modelopt say about a model and a recipe, as plain data that outlives both imports."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from stages.model.matrices import StoredMatrix
+from stages.model.text_model import TextModel
+from stages.model.weights import TORCH_DTYPES
+from stages.recipe.quantizer_plan import QuantizerPlan
+from stages.recipe.solvers import solver_of
+from state.identity import flatten
+from state.source import Source
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+
+    from stages.model.skeleton import Skeleton
+
+Scales = Literal["plain", "folded", "separate"]
+"""Where a solver's input scales are: there is no solver, within the weights, or in tensors of their own."""
+
+
+@dataclass(frozen=True)
+class ModelPlan:
+    """A recipe's plan for a model.
+
+    matrices: quantized module → where its weight lies. dtype: torch's name of what the model computes in.
+    config: the model's configuration, flattened as in a run's identity. files: the checkpoint's configuration
+    files, name → text, by where a solver's scales are.
+    """
+
+    quantizers: QuantizerPlan
+    matrices: dict[str, StoredMatrix]
+    dtype: str
+    text: TextModel
+    config: dict[str, str]
+    files: dict[Scales, dict[str, str]]
+
+
+def make_plan(folder: Path, source: Source, recipe_name: str, trust_remote_code: bool = False) -> ModelPlan:
+    """Ask transformers and modelopt about the model in a folder.
+
+    Raises InputError where either can't be served: see `load_config`, `Skeleton`, `plan_quantizers`.
+    """
+    from stages.model.skeleton import Skeleton, load_config, refuse_quantized
+    from stages.recipe.quantizers import plan_quantizers
+    from stages.recipe.recipes import resolve
+
+    config = load_config(folder, trust_remote_code)
+    refuse_quantized(config, folder)
+    skeleton = Skeleton(config, source.tensors, trust_remote_code)
+    return describe(skeleton, config, source, plan_quantizers(skeleton, resolve(recipe_name)))
+
+
+def describe(
+    skeleton: "Skeleton", config: "PretrainedConfig", source: Source, quantizers: QuantizerPlan
+) -> ModelPlan:
+    """The plan of a model whose skeleton and quantizers are there already."""
+    from stages.recipe.hf_config import config_files, with_pre_quant_scale
+
+    dtype, solver = _dtype(skeleton, source), solver_of(quantizers)
+    plain = quantizers.hf_quant_config
+    variants: dict[Scales, dict[str, object]] = {"plain": plain}
+    if solver is not None and solver.needs_pass:
+        variants["folded"] = with_pre_quant_scale(plain, separate=False)
+        variants["separate"] = with_pre_quant_scale(plain, separate=True)
+    return ModelPlan(
+        quantizers=quantizers,
+        matrices={module: skeleton.matrix(module) for module in quantizers.weights},
+        dtype=dtype,
+        text=TextModel.of(skeleton.config),
+        config=flattened(config),
+        files={where: config_files(skeleton, stated, dtype) for where, stated in variants.items()},
+    )
+
+
+def flattened(config: "PretrainedConfig") -> dict[str, str]:
+    """A configuration as a run's identity holds it."""
+    return flatten(json.loads(config.to_json_string(use_diff=False)))
+
+
+def _dtype(skeleton: "Skeleton", source: Source) -> str:
+    """What the model computes in: its configuration's dtype, or else that of the first float tensor."""
+    stated = skeleton.config.dtype
+    if stated is None:
+        floats = (TORCH_DTYPES[e.dtype] for e in source.tensors.values() if e.dtype in TORCH_DTYPES)
+        stated = next(floats, "bfloat16")
+    return str(stated).removeprefix("torch.")

@@ -1,0 +1,29 @@
+"""The quantizer plan: what a recipe does to a model, as plain data in hub names."""
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from stages.formats import WeightFormat
+from stages.recipe.recipes import Recipe
+
+KvFormat = Literal["fp8", "fp8_cast"]
+
+
+@dataclass(frozen=True)
+class QuantizerPlan:
+    """What a recipe does to a model, in hub names.
+
+    weights: linear or expert projection → its format. inputs: the same modules where the input is quantized
+    too → the name of modelopt's quantizer. constant_inputs: those whose amax the recipe fixes. kv: attention
+    module → KV cache format (`fp8_cast`: the recipe fixes the scale at one). fused_experts: expert
+    projections that share one quantizer per layer. hf_quant_config: what modelopt writes to
+    `hf_quant_config.json`, names mapped to the hub's.
+    """
+
+    recipe: Recipe
+    weights: dict[str, WeightFormat] = field(default_factory=dict)
+    inputs: dict[str, str] = field(default_factory=dict)
+    constant_inputs: dict[str, float] = field(default_factory=dict)
+    kv: dict[str, KvFormat] = field(default_factory=dict)
+    fused_experts: frozenset[str] = frozenset()
+    hf_quant_config: dict[str, Any] = field(default_factory=dict)
