@@ -2,10 +2,10 @@
 
 from pathlib import Path
 
-from pipeline.commands import export_command
 from pipeline.progress import duration, quantity
 from pipeline.tables import coverage_rows, print_rows
 from stages.calibrate.summary import Summary
+from stages.commands import export_command
 from stages.export.report import REPORT, ExportReport
 
 

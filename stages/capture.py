@@ -26,6 +26,7 @@ from stages.progress import Progress, Silent
 from stages.recipe.quantizers import plan_quantizers
 from stages.recipe.recipes import resolve
 from state.errors import InputError
+from state.home import expand_home
 from state.layout import Layout, Role, Site, arrange
 from state.record import RunRecord, SourceDescription
 from state.source import Source
@@ -53,7 +54,7 @@ def capture(
     Raises InputError when the run exists, no quantizer was calibrated, or an amax was measured behind a
     smoothing scale that can't be taken out again.
     """
-    progress = progress or Silent()
+    progress, run = progress or Silent(), expand_home(run)
     folder = locate(source, None, progress)
     config = load_config(folder)
     refuse_quantized(config, folder)
@@ -81,7 +82,7 @@ def capture(
     )
     with RunWriter.create(run, record, NO_TOKENS) as writer:
         writer.commit(Update(Cursor(), True, Generation(layout, _arrays(layout, values))))
-    return Path(run)
+    return run
 
 
 def _amax_of_sites(model: nn.Module, sites: dict[str, list[Site]]) -> dict[Site, NDArray[np.float32]]:

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 import state
+from stages.commands import calibrate_command
 from stages.export.apply_solver import Subject, apply_solver
 from stages.export.config import carried_files, config_files, with_pre_quant_scale
 from stages.export.decide import decide
@@ -15,7 +16,6 @@ from stages.export.observed import Observed, observed
 from stages.export.provenance import export_identity, require_same_source
 from stages.export.report import REPORT, ExportReport, describe
 from stages.export.shards import index
-from stages.export.solved import calibrate_command
 from stages.export.tensors import Ingredients
 from stages.export.unify import Policies
 from stages.export.units import Shard, assign_shards, check_engine_rules, check_widths, plan_units
@@ -154,7 +154,7 @@ def _refuse_unfinished(run: Calibration, settings: ExportSettings) -> None:
     if run.head.finished:
         return
     cursor, recorded = run.head.cursor, run.record.settings
-    finish = f"finish it with: {calibrate_command(recorded, str(run.path), str(recorded.get('recipe')))}"
+    finish = f"finish it with: {calibrate_command({**recorded, 'run': str(run.path)})}"
     if cursor.layer:
         raise InputError(
             f"{settings.run} is unfinished: it holds the layers before {cursor.layer} and nothing of those "

@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 import state
 from pipeline.cli import app
 
-runner = CliRunner(env={"COLUMNS": "200", "MAKELEVEL": None})
+runner = CliRunner(env={"COLUMNS": "200"})
 
 SIZES = ["--samples", "16", "--seq", "64", "--batch", "2", "--commit-every", "0.2"]
 
