@@ -3,6 +3,7 @@
 import contextlib
 import copy
 import io
+import re
 from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import Any
 
 from state.errors import InputError
 
-PRESET_PREFIXES = ("general/ptq/", "huggingface/", "models/")
+NAMED = 3  # recipes suggested for a name that is none
 
 
 @dataclass(frozen=True)
@@ -47,7 +48,7 @@ def resolve(name: str) -> Recipe:
     if name in QUANT_CFG_CHOICES:
         return _recipe(name, QUANT_CFG_CHOICES[name])
     if "/" not in name and not Path(name).is_file():
-        raise InputError(_unknown(name, list(QUANT_CFG_CHOICES)))
+        raise InputError(_unknown(name))
     return _recipe(name, _load_file(name))
 
 
@@ -70,7 +71,7 @@ def _load_file(name: str) -> dict[str, Any]:
             recipe = load_recipe(name)
     except (ValueError, OSError) as error:
         if "not a valid YAML file or directory" in str(error):
-            raise InputError(_unknown(name, shipped())) from error
+            raise InputError(_unknown(name)) from error
         raise InputError(f"recipe {name!r} can't be read: {error}") from error
     if not isinstance(recipe, ModelOptPTQRecipe):
         raise InputError(
@@ -97,7 +98,45 @@ def _recipe(name: str, config: dict[str, Any]) -> Recipe:
     return Recipe(name, copy.deepcopy(config["quant_cfg"]), methods[-1], options, awq_first)
 
 
-def _unknown(name: str, known: list[str]) -> str:
-    near = get_close_matches(name, known, n=3, cutoff=0.4)
-    hint = f"did you mean {' or '.join(near)}?" if near else f"modelopt ships: {', '.join(known)}"
-    return f"no recipe is called {name!r}; {hint}"
+def _unknown(name: str) -> str:
+    known = sorted(shipped(), key=_probably_refused)  # in modelopt's order otherwise
+    if near := _near(name, known):
+        return f"no recipe is called {name!r}; did you mean {' or '.join(near)}?"
+    return f"no recipe is called {name!r}; modelopt ships (likely served first): {', '.join(known)}"
+
+
+def _near(name: str, known: list[str]) -> list[str]:
+    """Names that are the same in another spelling, or else that hold all its words, or else that look alike."""
+    wanted = _words(name)
+    spelled = {other: _words(other) for other in known}
+    if same := [other for other, words in spelled.items() if words == wanted]:
+        return same[:NAMED]
+    if wanted and (holding := [other for other, words in spelled.items() if set(wanted) <= set(words)]):
+        return holding[:NAMED]
+    joined: dict[str, str] = {}
+    for other, words in spelled.items():
+        joined.setdefault("_".join(words), other)
+    alike = get_close_matches("_".join(wanted), joined, n=NAMED, cutoff=0.4)
+    return sorted((joined[words] for words in alike), key=_probably_refused)
+
+
+def _words(name: str) -> list[str]:
+    """`NVFP4_AWQ_FULL_CFG`, `nvfp4-awq-full` → nvfp4, awq, full. A file counts by its own name alone."""
+    words = re.split(r"[^a-z0-9]+", Path(name.lower()).name.removesuffix(".yaml"))
+    return [word for word in words if word not in ("", "default", "cfg")]
+
+
+def _probably_refused(name: str) -> bool:
+    """Whether a shipped recipe is likely not served, by its algorithm and the formats in its name: good
+    enough to sort by. For certain, only its quantizers on a model can tell.
+    """
+    from stages.recipe.quantizers import ALGORITHMS, WEIGHT_FORMATS  # imports this module
+
+    families = {weight_format.partition("_")[0] for weight_format in WEIGHT_FORMATS}
+    words = _words(name)
+    if not families & set(words) or any(word.startswith("mx") for word in words):
+        return True
+    try:
+        return resolve(name).algorithm not in ALGORITHMS
+    except InputError:
+        return True
