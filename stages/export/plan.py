@@ -12,9 +12,10 @@ from stages.commands import calibrate_command
 from stages.export.apply_solver import Subject, apply_solver
 from stages.export.config import carried_files, config_files, with_pre_quant_scale
 from stages.export.decide import decide
+from stages.export.folder import REPORT
 from stages.export.observed import Observed, observed
 from stages.export.provenance import export_identity, require_same_source
-from stages.export.report import REPORT, ExportReport, describe
+from stages.export.report import ExportReport, describe
 from stages.export.shards import index
 from stages.export.tensors import Ingredients
 from stages.export.unify import Policies

@@ -112,6 +112,7 @@ def test_7_another_export_in_the_same_folder_needs_overwrite(folder: Path) -> No
     refused = runner.invoke(app, command)
     assert refused.exit_code == 3
     assert "--overwrite" in refused.stderr
+    assert re.search(r"  recipe: stored fp8 \(xxh3:\w{32}\), now nvfp4 \(xxh3:\w{32}\)\n", refused.stderr)
     assert runner.invoke(app, [*command, "--overwrite"]).exit_code == 0
 
 
