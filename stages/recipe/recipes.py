@@ -106,7 +106,7 @@ def _unknown(name: str) -> str:
 
 
 def _near(name: str, known: list[str]) -> list[str]:
-    """Names that are the same in another spelling, or else that hold all its words, or else that look alike."""
+    """Names that are the same in another spelling, else those that hold all its words, else those like it."""
     wanted = _words(name)
     spelled = {other: _words(other) for other in known}
     if same := [other for other, words in spelled.items() if words == wanted]:
