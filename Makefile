@@ -8,16 +8,23 @@ OUT     ?=
 RECIPE  ?=
 SAMPLES ?=
 SEQ     ?=
-BATCH   ?= 8
-DEVICE  ?= auto
+BATCH   ?=
+DEVICE  ?=
 ARGS    ?=
 
-model   := $(or $(MODEL),demo/model)
-data    := $(or $(DATA),$(if $(MODEL),,demo/text.jsonl))
-run     := $(or $(RUN),$(if $(MODEL),,runs/demo))
-samples := $(or $(SAMPLES),$(if $(MODEL),512,128))
-seq     := $(or $(SEQ),$(if $(MODEL),2048,256))
-out     := $(or $(OUT),$(if $(RUN),,exports/demo-$(or $(notdir $(RECIPE)),nvfp4)))
+# Values reach the commands as environment variables, exactly as they were typed: make expands none, and the shell
+# sees them within double quotes only. ARGS alone is words for the shell. What is empty is left to holdfast.
+unexport MODEL DATA RUN OUT RECIPE SAMPLES SEQ BATCH DEVICE ARGS
+export model   := $(or $(value MODEL),demo/model)
+export data    := $(or $(value DATA),$(if $(value MODEL),,demo/text.jsonl))
+export run     := $(or $(value RUN),$(if $(value MODEL),,runs/demo))
+export recipe  := $(value RECIPE)
+export samples := $(or $(value SAMPLES),$(if $(value MODEL),,128))
+export seq     := $(or $(value SEQ),$(if $(value MODEL),,256))
+export batch   := $(value BATCH)
+export device  := $(value DEVICE)
+export out     := $(or $(value OUT),$(if $(value RUN),,exports/demo-$(or $(notdir $(value RECIPE)),nvfp4)))
+args           = $(value ARGS)
 
 VENV    ?= .venv
 NEWEST  := python3 python3.14 python3.13 python3.12 python3.11
@@ -49,21 +56,19 @@ $(READY): pyproject.toml constraints.txt
 demo/model/config.json: pipeline/demo.py | $(READY)
 	@$(VENV)/bin/python -m pipeline.demo demo
 
-calibrate: $(READY) $(if $(MODEL),,demo/model/config.json)  ## measure MODEL on DATA into RUN (nothing given: a tiny demo)
+calibrate: $(READY) $(if $(value MODEL),,demo/model/config.json)  ## measure MODEL on DATA into RUN (nothing given: a tiny demo)
 	@$(call needs,data run)
-	@$(VENV)/bin/holdfast calibrate '$(model)' '$(data)' '$(run)' --samples $(samples) --seq $(seq) \
-	  --batch $(BATCH) --device $(DEVICE) $(if $(RECIPE),--recipe '$(RECIPE)') $(ARGS)
+	@$(VENV)/bin/holdfast calibrate "$$model" "$$data" "$$run" $(call options,samples seq batch device recipe) $(args)
 
 export: $(READY)  ## turn RUN into the checkpoint OUT (nothing given: the demo's run as NVFP4)
 	@$(call needs,run out)
-	@$(VENV)/bin/holdfast export '$(run)' '$(out)' $(if $(RECIPE),--recipe '$(RECIPE)') \
-	  $(if $(MODEL),--model '$(MODEL)') $(ARGS)
+	@$(VENV)/bin/holdfast export "$$run" "$$out" $(call options,recipe) $(if $(value MODEL),--model "$$model") $(args)
 
 status: $(READY)  ## how far RUN is, also while it calibrates
-	@$(VENV)/bin/holdfast status '$(or $(RUN),runs/demo)' $(ARGS)
+	@$(VENV)/bin/holdfast status "$${run:-runs/demo}" $(args)
 
 test: $(READY)  ## all tests but the long ones
-	@$(VENV)/bin/python -m pytest $(ARGS)
+	@$(VENV)/bin/python -m pytest $(args)
 
 test-long: $(READY)  ## the long tests alone: the wheel in an environment of its own
 	@$(VENV)/bin/python -m pytest -m long $(ARGS)
@@ -74,14 +79,16 @@ lint: $(READY)  ## ruff and mypy
 	@$(VENV)/bin/mypy
 
 crash-test: $(READY)  ## kill calibrate and export at random moments and compare bytes (ARGS=--seed=N repeats one)
-	@$(VENV)/bin/python -m tests.crash $(ARGS)
+	@$(VENV)/bin/python -m tests.crash $(args)
 
 bench: $(READY)  ## speed and memory beside modelopt's (ARGS="--device cuda" on a GPU)
-	@$(VENV)/bin/python -m benchmarks.bench $(ARGS)
+	@$(VENV)/bin/python -m benchmarks.bench $(args)
 
 clean:  ## remove the environment and the demo (runs and exports of your own stay)
 	rm -rf $(VENV) demo runs/demo exports/demo-* build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 
-needs = $(foreach name,$(1),$(if $($(name)),,echo "make $@: $(shell echo $(name) | tr a-z A-Z) is missing. Such as: \
+# $(call options,NAMES): the options of those that have a value; $(call needs,NAMES): ends where one has none.
+options = $(foreach name,$(1),$(if $($(name)),--$(name) "$$$(name)"))
+needs   = $(foreach name,$(1),$(if $($(name)),,echo "make $@: $(shell echo $(name) | tr a-z A-Z) is missing. Such as: \
   make $@ $(if $(filter calibrate,$@),MODEL=path-or-hub-id DATA=text.jsonl RUN=runs/name,RUN=runs/name OUT=exports/name)" \
   >&2; exit 2;)) true

@@ -5,11 +5,12 @@ from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 
-from pipeline.commands import calibrate_command, export_command
 from pipeline.progress import duration
 from pipeline.tables import coverage_rows, print_rows
 from stages.calibrate.summary import Coverage, measure_coverage
+from stages.commands import calibrate_command, export_command
 from state.errors import InputError
+from state.home import expand_home
 from state.objects import solutions
 from state.reader import Calibration, open_run
 
@@ -48,6 +49,7 @@ def look(run: Path) -> Status:
     Raises:
         InputError: there is no run. DamagedStore: no commit of it is whole.
     """
+    run = expand_home(run)
     for attempt in range(ATTEMPTS):
         try:
             return _read(open_run(run, verify=False))
@@ -85,7 +87,11 @@ def _read(calibration: Calibration) -> Status:
         last_event=events[-1]["event"] if events else None,
         coverage=coverage,
         notes=calibration.notes,
-        next_command=(export_command(run, recipe, recipe) if head.finished else calibrate_command(settings)),
+        next_command=(
+            export_command(run, recipe, recipe)
+            if head.finished
+            else calibrate_command({**settings, "run": run})
+        ),
     )
 
 

@@ -2,11 +2,12 @@
 
 from pathlib import Path
 
-from pipeline.commands import export_command
 from pipeline.progress import duration, quantity
 from pipeline.tables import coverage_rows, print_rows
 from stages.calibrate.summary import Summary
-from stages.export.report import REPORT, ExportReport
+from stages.commands import export_command
+from stages.export.folder import REPORT
+from stages.export.report import ExportReport
 
 
 def print_calibration(summary: Summary) -> None:

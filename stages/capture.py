@@ -28,6 +28,7 @@ from stages.recipe.recipes import resolve
 from state.claim import create_run
 from state.errors import InputError
 from state.head import Cursor
+from state.home import expand_home
 from state.layout import Layout, arrange
 from state.names import Role, Site
 from state.record import RunRecord, SourceDescription
@@ -55,7 +56,7 @@ def capture(
     Raises InputError when the run exists, no quantizer was calibrated, or an amax was measured behind a
     smoothing scale that can't be taken out again.
     """
-    progress = progress or Silent()
+    progress, run = progress or Silent(), expand_home(run)
     folder = locate(source, None, progress)
     config = load_config(folder)
     refuse_quantized(config, folder)
@@ -84,7 +85,7 @@ def capture(
     )
     with create_run(run, record, NO_TOKENS) as writer:
         writer.commit(Update(Cursor(), True, Generation(layout, _arrays(layout, values))))
-    return Path(run)
+    return run
 
 
 def _amax_of_sites(model: nn.Module, sites: dict[str, list[Site]]) -> dict[Site, NDArray[np.float32]]:

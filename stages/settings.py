@@ -1,10 +1,11 @@
-"""What a person asks of a stage. The command line builds these; library users may as well."""
+"""What a person asks of a stage. Each field is an option of the command line, its description the help."""
 
-from collections.abc import Container, Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+
+from state.home import expand_home
 
 UnseenPolicy = Literal["layer", "weights-only", "error"]
 ConflictPolicy = Literal["max", "error"]
@@ -14,79 +15,113 @@ Fold = Literal["auto", "none"]
 Schedule = Literal["auto", "whole", "layerwise"]
 
 
-class CalibrateSettings(BaseModel):
-    """One calibration.
+def _from_home(value: Any) -> Any:
+    """A path that begins with `~` written out; anything else, such as a hub id, untouched."""
+    return str(expand_home(value)) if isinstance(value, str | Path) and str(value).startswith("~") else value
 
-    model: a local Hugging Face folder or a hub id, at `revision`. data: JSONL, plain text or Parquet files,
-    or the name of a `datasets` data set with `split` and `column`. samples, seq: windows, and tokens per
-    window. batch: windows per forward. commit_every: seconds between two commits. resume: go on with an
-    unfinished run, never, or only so. accept_environment: go on although library versions, device or batch
-    size differ from those the run began with. schedule: the whole model on the device, or one decoder layer
-    at a time, or whichever the recipe and the device need. activation_memory: bytes of hidden states kept in
-    memory between layers; more go to a file under the run.
+
+Folder = Annotated[Path, BeforeValidator(_from_home)]
+Place = Annotated[str, BeforeValidator(_from_home)]
+"""A path, or a name that is looked up elsewhere."""
+OptionalPlace = Annotated[str | None, BeforeValidator(_from_home)]
+
+
+class Settings(BaseModel):
+    """What every stage's settings have in common: they do not change, and know no other names.
+
+    A field without a default is given by its position on the command line, any other as an option.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    model: str
-    data: str
-    run: Path
-    revision: str | None = None
-    split: str = "train"
-    column: str | None = None
-    recipe: str = "nvfp4"
-    samples: int = Field(default=512, gt=0)
-    seq: int = Field(default=2048, gt=0)
-    batch: int = Field(default=8, gt=0)
-    device: str = "auto"
-    experts: Literal["grouped_mm", "eager"] = "grouped_mm"
-    commit_every: float = Field(default=30.0, gt=0)
-    resume: Literal["auto", "never", "required"] = "auto"
-    accept_environment: bool = False
-    trust_remote_code: bool = False
-    schedule: Schedule = "auto"
-    activation_memory: int = Field(default=8 * 2**30, gt=0)
+
+class CalibrateSettings(Settings):
+    """One calibration."""
+
+    model: Place = Field(description="Folder of a Hugging Face model, or its hub id.")
+    data: Place = Field(
+        description="JSONL, Parquet or plain text: a file, a folder, a glob in quotes, or a `datasets` name "
+        "(NAME or NAME:CONFIG). Chat messages go through the chat template."
+    )
+    run: Folder = Field(description="Folder of the run.")
+    revision: str | None = Field(default=None, description="Branch, tag or commit on the hub.")
+    split: str = Field(default="train", description="Split of a `datasets` data set.")
+    column: str | None = Field(
+        default=None, description="Column of text or messages. Found by itself where it is plain."
+    )
+    recipe: Place = Field(
+        default="nvfp4",
+        description="modelopt's name of a recipe, remembered as export's default. AWQ and GPTQ are solved "
+        "here; any other is only checked.",
+    )
+    samples: int = Field(default=512, gt=0, description="Windows of text.")
+    seq: int = Field(default=2048, gt=0, description="Tokens per window.")
+    batch: int = Field(default=8, gt=0, description="Windows per forward.")
+    device: str = Field(default="auto", description="auto, cpu, cuda or cuda:N.")
+    experts: Literal["grouped_mm", "eager"] = Field(
+        default="grouped_mm",
+        description="How fused experts are computed. grouped_mm is fast; eager works where it does not.",
+    )
+    commit_every: float = Field(
+        default=30.0, gt=0, description="Seconds between two commits: the most work that a crash can cost."
+    )
+    resume: Literal["auto", "never", "required"] = Field(
+        default="auto", description="Go on with the run that is at RUN: if there is one, never, or only so."
+    )
+    accept_environment: bool = Field(
+        default=False,
+        description="Go on with an unfinished run although versions, device or batch differ. Recorded; the "
+        "statistics may then differ in the last bit from those of an undisturbed run.",
+    )
+    trust_remote_code: bool = Field(default=False, description="Run Python code that comes with the model.")
+    schedule: Schedule = Field(
+        default="auto",
+        description="The whole model on the device, or one decoder layer at a time; auto takes layers where "
+        "a solver needs them or the model does not fit.",
+    )
+    activation_memory: int = Field(
+        default=8 * 2**30,
+        gt=0,
+        description="Bytes of hidden states kept in memory between layers; more go to files in RUN.",
+    )
 
 
-POSITIONAL = ("model", "data", "run")
-"""What `holdfast calibrate` takes without naming it."""
-
-
-def as_options(settings: Mapping[str, Any], leave_out: Container[str]) -> list[str]:
-    """A calibration's settings as options of the command line, but for defaults and what is left out."""
-    options = []
-    for name, field in CalibrateSettings.model_fields.items():
-        value = settings.get(name, field.default)
-        if name not in leave_out and value != field.default:
-            flag = f"--{name.replace('_', '-')}"
-            options += [flag] if value is True else [flag, str(value)]
-    return options
-
-
-class ExportSettings(BaseModel):
-    """One export.
-
-    run: a calibration run. out: the checkpoint folder to make. recipe: modelopt's name, or None for the one
-    given to calibrate. model: where the source checkpoint is now, or None for where it was. unseen, conflict,
-    dead, expert_input_scale: the policies of stages/export/unify.py. fold: a solver's input scales go into
-    what stands before the weight, so that engines have nothing to apply (`auto`); or stay separate, as
-    `pre_quant_scale` tensors, where modelopt's exporter leaves them so (`none`). overwrite: replace another
-    export at `out`. partial: accept an unfinished run. shard_size: bytes of tensor data at which a new shard
-    begins.
+class ExportSettings(Settings):
+    """One export. The policies `unseen`, `conflict`, `dead` and `expert_input_scale` are those of
+    stages/export/unify.py.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    run: Path
-    out: Path
-    recipe: str | None = None
-    model: str | None = None
-    unseen: UnseenPolicy = "layer"
-    conflict: ConflictPolicy = "max"
-    dead: DeadPolicy = "floor"
-    expert_input_scale: ExpertInputScale = "layer"
-    fold: Fold = "auto"
-    overwrite: bool = False
-    partial: bool = False
-    trust_remote_code: bool = False
-    shard_size: int = Field(default=5_000_000_000, gt=0)
+    run: Folder = Field(description="Folder of the run.")
+    out: Folder = Field(description="Folder of the checkpoint to make.")
+    recipe: OptionalPlace = Field(
+        default=None, description="modelopt's name of a recipe; without it, the one given to calibrate."
+    )
+    model: OptionalPlace = Field(
+        default=None, description="Where the model is now, if it has moved since calibrate."
+    )
+    unseen: UnseenPolicy = Field(
+        default="layer",
+        description="An expert that no token reached: gets the largest scale of its layer, is stored in a "
+        "weight-only format, or is an error.",
+    )
+    conflict: ConflictPolicy = Field(
+        default="max", description="Modules that saw one tensor and disagree about it: take the max, or stop."
+    )
+    dead: DeadPolicy = Field(
+        default="floor", description="An input that was always zero: gets a smallest scale, or is an error."
+    )
+    expert_input_scale: ExpertInputScale = Field(
+        default="layer",
+        description="Input scales of fused experts: one per layer, as engines expect, or one per expert.",
+    )
+    fold: Fold = Field(
+        default="auto",
+        description="Input scales that AWQ found: folded into the weights before, so that engines load a "
+        "plain checkpoint, or kept apart as pre_quant_scale where modelopt keeps them apart.",
+    )
+    overwrite: bool = Field(default=False, description="Replace another export that is at OUT.")
+    partial: bool = Field(
+        default=False, description="Export an unfinished run; the checkpoint's report says so."
+    )
+    trust_remote_code: bool = Field(default=False, description="Run Python code that comes with the model.")
+    shard_size: int = Field(default=5_000_000_000, gt=0, description="Bytes per shard.")

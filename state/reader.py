@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from state.durable import Disk
 from state.errors import DamagedStore, InputError
 from state.head import Head
+from state.home import expand_home
 from state.layout import Layout, SiteArray
 from state.names import Role, Site, join_name, split_key, split_name
 from state.objects import ZARR, BrokenObject, VerifiedStore, read_object
@@ -236,5 +237,5 @@ def open_run(path: Path | str, verify: bool = True, disk: Disk | None = None) ->
         InputError: not a run, or of a newer format.
         DamagedStore: no commit is whole.
     """
-    path, disk = Path(path), disk or Disk()
+    path, disk = expand_home(path), disk or Disk()
     return Calibration(path, find_head(path, disk, verify), disk)

@@ -8,6 +8,12 @@ import pytest
 os.environ["HF_HUB_OFFLINE"] = "1"  # before any test imports huggingface_hub
 
 
+@pytest.fixture(autouse=True)
+def _not_through_make(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Commands are suggested as for `holdfast` itself, also where make runs the tests."""
+    monkeypatch.delenv("MAKELEVEL", raising=False)
+
+
 @pytest.fixture(scope="session")
 def shared() -> Path:
     """The folder with the trained test model and its texts, where HOLDFAST_SHARED names one."""

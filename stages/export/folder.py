@@ -4,7 +4,8 @@
     OUT.partial/holdfast_journal.jsonl  one line per finished file: name, bytes, digest; replaced as a whole
     OUT.partial/...                     the files; one that the journal does not name is written again
 
-Both records stay in OUT, so that a later command can tell what OUT is and whether it is whole. They hold no
+The first of the files is export_report.json, which has the recipe's name; the identity holds its digest. Both
+records stay in OUT, so that a later command can tell what OUT is and whether it is whole. They hold no
 times and no paths. The lock is the file .OUT.lock beside OUT, which stays.
 """
 
@@ -21,6 +22,7 @@ from state.identity import digest
 
 IDENTITY = "holdfast_export.json"
 JOURNAL = "holdfast_journal.jsonl"
+REPORT = "export_report.json"
 RECORDS = frozenset({IDENTITY, JOURNAL, IDENTITY + ".tmp", JOURNAL + ".tmp"})
 
 
@@ -36,8 +38,10 @@ class Written:
 class ExportFolder:
     """OUT while it is being made. Get one from `open_folder`, which holds the lock."""
 
-    def __init__(self, out: Path, identity: Mapping[str, str], disk: Disk, overwrite: bool) -> None:
-        self.out, self.identity, self.disk = out, dict(identity), disk
+    def __init__(
+        self, out: Path, identity: Mapping[str, str], disk: Disk, overwrite: bool, recipe: str | None
+    ) -> None:
+        self.out, self.identity, self.disk, self.recipe = out, dict(identity), disk, recipe
         self.partial = out.with_name(out.name + ".partial")
         self.replaced = out.with_name(out.name + ".replaced")
         self.journal: dict[str, Written] = {}
@@ -77,7 +81,7 @@ class ExportFolder:
             )
         if stored != self.identity:
             if not overwrite:
-                raise _mismatch(self.out, stored, self.identity)
+                raise self._mismatch(self.out, stored)
             return False
         journal = _read_journal(self.disk, self.out)
         damaged = [name for name, entry in journal.items() if not _intact(self.out / name, entry)]
@@ -106,7 +110,7 @@ class ExportFolder:
             self.disk.delete(self.partial)
         elif stored is not None and stored != self.identity:
             if not overwrite:
-                raise _mismatch(self.partial, stored, self.identity)
+                raise self._mismatch(self.partial, stored)
             self._remove_export(self.partial)
         elif stored is not None:
             journal = _read_journal(self.disk, self.partial)
@@ -124,6 +128,29 @@ class ExportFolder:
             return None
         return content if isinstance(content, dict) else None
 
+    def _mismatch(self, folder: Path, stored: Mapping[str, str]) -> IdentityMismatch:
+        current = self.identity
+        found = [
+            Difference(field, stored.get(field), current.get(field))
+            for field in sorted(stored.keys() | current.keys())
+            if stored.get(field) != current.get(field)
+        ]
+        lines = [f"{folder} is another export; {len(found)} field(s) differ:"]
+        for difference in found:
+            if difference.field == "recipe":
+                difference = self._with_names(folder, difference)
+            lines.append(f"  {difference}")
+        lines.append("choose another OUT, or replace it with --overwrite")
+        return IdentityMismatch("\n".join(lines), found)
+
+    def _with_names(self, folder: Path, recipes: Difference) -> Difference:
+        """The digests of two recipes, with the recipes' names where they are known."""
+        try:
+            stored = json.loads(self.disk.read(folder / REPORT)).get("recipe")
+        except (OSError, ValueError, AttributeError):
+            stored = None
+        return Difference(recipes.field, _named(stored, recipes.stored), _named(self.recipe, recipes.current))
+
     def _remove_export(self, folder: Path) -> None:
         """Remove a folder of ours, its identity last: what a kill leaves of it is known as ours."""
         if not self.disk.list(folder):
@@ -138,9 +165,15 @@ class ExportFolder:
 
 @contextmanager
 def open_folder(
-    out: Path, identity: Mapping[str, str], disk: Disk, overwrite: bool = False
+    out: Path,
+    identity: Mapping[str, str],
+    disk: Disk,
+    overwrite: bool = False,
+    recipe: str | None = None,
 ) -> Iterator[ExportFolder]:
     """Lock OUT and find out where its export stands.
+
+    recipe: the recipe's name, for people; the identity holds the digest of what it says.
 
     Raises:
         RunBusy: another process is exporting to OUT.
@@ -157,7 +190,7 @@ def open_folder(
                 f"another process is exporting to {out}. Wait until it ends, or stop it, then give the same "
                 "command again."
             ) from None
-        yield ExportFolder(out, identity, disk, overwrite)
+        yield ExportFolder(out, identity, disk, overwrite, recipe)
 
 
 def _refuse_impossible(out: Path) -> None:
@@ -173,18 +206,8 @@ def _refuse_impossible(out: Path) -> None:
         raise InputError(f"{parent} is not a folder, so {out} can't be made; choose another OUT")
 
 
-def _mismatch(folder: Path, stored: Mapping[str, str], current: Mapping[str, str]) -> IdentityMismatch:
-    found = [
-        Difference(field, stored.get(field), current.get(field))
-        for field in sorted(stored.keys() | current.keys())
-        if stored.get(field) != current.get(field)
-    ]
-    lines = [
-        f"{folder} is another export; {len(found)} field(s) differ:",
-        *(f"  {difference}" for difference in found),
-    ]
-    lines.append("choose another OUT, or replace it with --overwrite")
-    return IdentityMismatch("\n".join(lines), found)
+def _named(name: str | None, content: str | None) -> str | None:
+    return f"{name} ({content})" if name and content else content
 
 
 def _encode_identity(identity: Mapping[str, str]) -> bytes:

@@ -4,14 +4,15 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from stages.commands import calibrate_command
 from stages.export.apply_solver import Subject, apply_solver
 from stages.export.carried import carried_files
 from stages.export.decide import decide
+from stages.export.folder import REPORT
 from stages.export.observed import Observed, observed
 from stages.export.provenance import export_identity, require_same_config, require_same_shapes
-from stages.export.report import REPORT, ExportReport, describe
+from stages.export.report import ExportReport, describe
 from stages.export.shards import index
-from stages.export.solved import calibrate_command
 from stages.export.tensors import Ingredients
 from stages.export.unify import Policies
 from stages.export.units import Shard, assign_shards, check_engine_rules, check_widths, plan_units
@@ -149,7 +150,7 @@ def _refuse_unfinished(run: Calibration, settings: ExportSettings) -> None:
     if run.head.finished:
         return
     cursor, recorded = run.head.cursor, run.record.settings
-    finish = f"finish it with: {calibrate_command(recorded, str(run.path), str(recorded.get('recipe')))}"
+    finish = f"finish it with: {calibrate_command({**recorded, 'run': str(run.path)})}"
     if cursor.layer:
         raise InputError(
             f"{settings.run} is unfinished: it holds the layers before {cursor.layer} and nothing of those "

@@ -8,8 +8,6 @@ from dataclasses import dataclass, field
 from stages.export.unify import PolicyUse
 from stages.export.units import Shard
 
-REPORT = "export_report.json"
-
 
 @dataclass(frozen=True)
 class ExportReport:

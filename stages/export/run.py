@@ -3,9 +3,9 @@
 from dataclasses import replace
 from time import monotonic
 
-from stages.export.folder import ExportFolder, open_folder
+from stages.export.folder import REPORT, ExportFolder, open_folder
 from stages.export.plan import ExportPlan, plan_export
-from stages.export.report import REPORT, ExportReport
+from stages.export.report import ExportReport
 from stages.export.shards import encode
 from stages.export.tensors import TensorMaker
 from stages.progress import Progress, Silent
@@ -33,7 +33,7 @@ def export(
     progress, disk = progress or Silent(), disk or Disk()
     started = monotonic()
     plan = plan_export(settings, progress)
-    with open_folder(settings.out, plan.identity, disk, settings.overwrite) as folder:
+    with open_folder(settings.out, plan.identity, disk, settings.overwrite, plan.report.recipe) as folder:
         if folder.finished:
             progress.note(f"{settings.out} is finished already; nothing was written")
             return replace(
@@ -56,6 +56,8 @@ def _write(folder: ExportFolder, plan: ExportPlan, progress: Progress) -> None:
     if done:
         progress.note(f"going on: {done:,} of {plan.report.nbytes:,} bytes are written and verified")
     progress.start("writing", total=plan.report.nbytes, unit="bytes", done=done)
+    if REPORT not in folder.journal:
+        folder.write(REPORT, plan.files[REPORT])  # first: it tells people what the unfinished folder becomes
     for shard in plan.shards:
         if shard.file in folder.journal:
             continue

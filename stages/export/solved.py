@@ -1,8 +1,7 @@
 """A solver's solutions, read from a run for export."""
 
-import shlex
 from collections import defaultdict
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable
 from typing import Any
 
 import numpy as np
@@ -10,10 +9,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from stages.commands import calibrate_command
 from stages.export.unify import PolicyUse
 from stages.recipe.quantizer_plan import QuantizerPlan
 from stages.recipe.solvers import Solver, array_name
-from stages.settings import POSITIONAL, as_options
 from state.errors import InputError
 from state.names import split_name
 from state.objects import solutions
@@ -130,18 +129,12 @@ class Solved:
         return (solution.attributes[name] for solution in self._solutions.values())
 
 
-def calibrate_command(settings: Mapping[str, Any], run: str, recipe: str) -> str:
-    """The command that adds a recipe's solutions to a run: as the run was made, but for the recipe."""
-    options = as_options(settings, (*POSITIONAL, "recipe"))
-    model, data = str(settings.get("model", "MODEL")), str(settings.get("data", "DATA"))
-    return shlex.join(["holdfast", "calibrate", model, data, run, "--recipe", recipe, *options])
-
-
 def _refuse_missing(run: Calibration, solver: Solver, layers: Iterable[int], recipe: str) -> None:
     solved = solutions(run.head.objects).get(solver.id, set())
     missing = [layer for layer in layers if layer not in solved]
     if missing:
-        command = calibrate_command(run.record.settings, str(run.path), recipe)
+        # As the run was made, but for the recipe.
+        command = calibrate_command({**run.record.settings, "run": str(run.path), "recipe": recipe})
         shown = ", ".join(map(str, missing[:5])) + ", ..." * (len(missing) > 5)
         raise InputError(
             f"recipe {recipe!r} needs solutions of {solver.method} ({solver.id}); {run.path} holds none for "

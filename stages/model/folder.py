@@ -5,6 +5,7 @@ from pathlib import Path
 
 from stages.progress import Progress
 from state.errors import InputError
+from state.home import expand_home
 from state.identity import digest
 
 TOKENIZER_FILES = (
@@ -35,7 +36,7 @@ def locate(model: str, revision: str | None, progress: Progress) -> Path:
 
     Raises InputError when there is no such folder and the hub has no such model, or can't be reached.
     """
-    folder = Path(model).expanduser()
+    folder = expand_home(model)
     if folder.is_dir():
         if revision is not None:
             raise InputError(

@@ -2,8 +2,8 @@
 seconds.
 
 A kept plan is a file of `RUN/plans/`, named after the digest of everything the plan was made from: the
-recipe's name, the versions of the libraries, config.json and the shapes of all tensors. It is a cache: what is
-missing, damaged or of another version is made anew. Not kept are plans for recipe files of a person's own,
+recipe's name, the versions of the libraries, config.json and the shapes of all tensors. It is a cache: what
+is missing, damaged or of another version is made anew. Not kept are plans for recipe files of a person's own,
 which may draw on other files, and for models that bring code.
 """
 

@@ -15,10 +15,8 @@ from torch import nn
 from stages.formats import TABLE, WeightFormat
 from stages.model.skeleton import ExpertsModule, Skeleton, build_meta_model
 from stages.recipe.quantizer_plan import KvFormat, QuantizerPlan
-from stages.recipe.recipes import Recipe
+from stages.recipe.recipes import ALGORITHMS, Recipe
 from state.errors import InputError
-
-ALGORITHMS = ("max", "awq_lite", "awq_clip", "awq_full", "gptq", "smoothquant")
 
 
 def plan_quantizers(skeleton: Skeleton, recipe: Recipe) -> QuantizerPlan:

@@ -3,17 +3,24 @@
 import contextlib
 import copy
 import io
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
+from stages.formats import TABLE
 from state.errors import InputError
 from state.identity import digest_json
 
 PRESETS = "configs/ptq/presets/model"
 """Where modelopt's library of recipes has its presets."""
+
+ALGORITHMS = ("max", "awq_lite", "awq_clip", "awq_full", "gptq", "smoothquant")
+"""Those that are served."""
+
+NAMED = 3  # recipes suggested for a name that is none
 
 
 @dataclass(frozen=True)
@@ -55,36 +62,48 @@ def resolve(name: str) -> Recipe:
     Raises InputError when modelopt knows no such recipe, when the file is not a post-training quantization
     recipe, or when it lists algorithms that can't be run one after the other here.
     """
-    from modelopt.recipe.presets import QUANT_CFG_CHOICES
-
-    if name in QUANT_CFG_CHOICES:
-        return _recipe(name, QUANT_CFG_CHOICES[name])
+    if name in presets():
+        return _recipe(name, _load_preset(name))
     if "/" not in name and not Path(name).is_file():
-        raise InputError(_unknown(name, list(QUANT_CFG_CHOICES)))
+        raise InputError(_unknown(name))
     return _recipe(name, _load_file(name))
 
 
 def shipped() -> list[str]:
     """Names of every recipe modelopt ships: presets first, then whole recipe files."""
-    import modelopt_recipes  # type: ignore[import-untyped]
-    from modelopt.recipe.presets import QUANT_CFG_CHOICES
-
-    root = Path(modelopt_recipes.__file__).parent
+    root = _library()
     files = [str(path.relative_to(root).with_suffix("")) for path in sorted(root.glob("general/ptq/*.yaml"))]
-    return [*QUANT_CFG_CHOICES, *files]
+    return [*presets(), *files]
+
+
+def presets() -> list[str]:
+    """Names of modelopt's presets."""
+    return sorted(path.stem for path in (_library() / PRESETS).glob("*.yaml"))
 
 
 def is_shipped(name: str) -> bool:
     """Whether a name means a recipe of modelopt's library, and nothing of a person's own."""
-    root = _library()
-    shipped = (root / PRESETS / f"{name}.yaml").is_file() or (root / f"{name}.yaml").is_file()
-    return shipped and not any(Path(name + suffix).exists() for suffix in ("", ".yaml", ".yml"))
+    if name in presets():
+        return True
+    files = (Path(name + suffix) for suffix in ("", ".yaml", ".yml"))
+    return (_library() / f"{name}.yaml").is_file() and not any(path.exists() for path in files)
 
 
 def _library() -> Path:
-    import modelopt_recipes
+    import modelopt_recipes  # type: ignore[import-untyped]
 
     return Path(modelopt_recipes.__file__).parent
+
+
+def _load_preset(name: str) -> dict[str, Any]:
+    """One preset alone: modelopt's table of all takes a second to read."""
+    from modelopt.torch.opt.config_loader import load_config
+    from modelopt.torch.quantization.config import QuantizeConfig
+
+    preset: dict[str, Any] = load_config(f"{PRESETS}/{name}", schema_type=QuantizeConfig).model_dump(
+        exclude_unset=True
+    )
+    return preset
 
 
 def _load_file(name: str) -> dict[str, Any]:
@@ -96,7 +115,7 @@ def _load_file(name: str) -> dict[str, Any]:
             recipe = load_recipe(name)
     except (ValueError, OSError) as error:
         if "not a valid YAML file or directory" in str(error):
-            raise InputError(_unknown(name, shipped())) from error
+            raise InputError(_unknown(name)) from error
         raise InputError(f"recipe {name!r} can't be read: {error}") from error
     if not isinstance(recipe, ModelOptPTQRecipe):
         raise InputError(
@@ -130,7 +149,43 @@ def _recipe(name: str, config: dict[str, Any]) -> Recipe:
     return Recipe(name, copy.deepcopy(config["quant_cfg"]), methods[-1], options, awq_first)
 
 
-def _unknown(name: str, known: list[str]) -> str:
-    near = get_close_matches(name, known, n=3, cutoff=0.4)
-    hint = f"did you mean {' or '.join(near)}?" if near else f"modelopt ships: {', '.join(known)}"
-    return f"no recipe is called {name!r}; {hint}"
+def _unknown(name: str) -> str:
+    known = sorted(shipped(), key=_probably_refused)  # in modelopt's order otherwise
+    if near := _near(name, known):
+        return f"no recipe is called {name!r}; did you mean {' or '.join(near)}?"
+    return f"no recipe is called {name!r}; modelopt ships (likely served first): {', '.join(known)}"
+
+
+def _near(name: str, known: list[str]) -> list[str]:
+    """Names that are the same in another spelling, else those that hold all its words, else those like it."""
+    wanted = _words(name)
+    spelled = {other: _words(other) for other in known}
+    if same := [other for other, words in spelled.items() if words == wanted]:
+        return same[:NAMED]
+    if wanted and (holding := [other for other, words in spelled.items() if set(wanted) <= set(words)]):
+        return holding[:NAMED]
+    joined: dict[str, str] = {}
+    for other, words in spelled.items():
+        joined.setdefault("_".join(words), other)
+    alike = get_close_matches("_".join(wanted), joined, n=NAMED, cutoff=0.4)
+    return sorted((joined[words] for words in alike), key=_probably_refused)
+
+
+def _words(name: str) -> list[str]:
+    """`NVFP4_AWQ_FULL_CFG`, `nvfp4-awq-full` → nvfp4, awq, full. A file counts by its own name alone."""
+    words = re.split(r"[^a-z0-9]+", Path(name.lower()).name.removesuffix(".yaml"))
+    return [word for word in words if word not in ("", "default", "cfg")]
+
+
+def _probably_refused(name: str) -> bool:
+    """Whether a shipped recipe is likely not served, by its algorithm and the formats in its name: good
+    enough to sort by. For certain, only its quantizers on a model can tell.
+    """
+    families = {weight_format.partition("_")[0] for weight_format in TABLE}
+    words = _words(name)
+    if not families & set(words) or any(word.startswith("mx") for word in words):
+        return True
+    try:
+        return resolve(name).algorithm not in ALGORITHMS
+    except InputError:
+        return True

@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 from pipeline.cli import app
 from state.reader import open_run
 
-runner = CliRunner(env={"COLUMNS": "200", "MAKELEVEL": None})
+runner = CliRunner(env={"COLUMNS": "200"})
 
 SIZES = ["--samples", "16", "--seq", "64", "--batch", "2", "--commit-every", "0.2"]
 
@@ -112,6 +112,7 @@ def test_7_another_export_in_the_same_folder_needs_overwrite(folder: Path) -> No
     refused = runner.invoke(app, command)
     assert refused.exit_code == 3
     assert "--overwrite" in refused.stderr
+    assert re.search(r"  recipe: stored fp8 \(xxh3:\w{32}\), now nvfp4 \(xxh3:\w{32}\)\n", refused.stderr)
     assert runner.invoke(app, [*command, "--overwrite"]).exit_code == 0
 
 

@@ -1,11 +1,16 @@
 """The Makefile's promises: it teaches, it names what is missing, and it knows which Python it needs."""
 
 import os
+import shlex
 import shutil
 import subprocess
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+
+from stages.commands import MAKE_VARIABLES, calibrate_command
+from stages.settings import CalibrateSettings
 
 ROOT = Path(__file__).parent.parent.parent
 VARIABLES = (
@@ -26,18 +31,33 @@ VARIABLES = (
 pytestmark = pytest.mark.skipif(shutil.which("make") is None, reason="make is not installed")
 
 
-def make(*arguments: str) -> subprocess.CompletedProcess[str]:
+def make(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
     """Make with nothing inherited from the make that may run the tests."""
     env = {
         name: value for name, value in os.environ.items() if name not in (*VARIABLES, "MAKELEVEL", "MFLAGS")
     }
-    return subprocess.run(["make", *arguments], cwd=ROOT, env=env, capture_output=True, text=True)
+    return subprocess.run(
+        ["make", *arguments], cwd=ROOT, env=env | environment, capture_output=True, text=True
+    )
 
 
-def last_command(*arguments: str) -> list[str]:
-    """What make would run last, in words."""
-    shown = make("--dry-run", *arguments).stdout.replace("\\\n", " ").splitlines()
-    return shown[-1].split()
+@pytest.fixture
+def typed(tmp_path: Path) -> Callable[..., list[str]]:
+    """Runs make with a `holdfast` that only notes the words it is given, and gives them."""
+    venv = tmp_path / "venv"
+    (venv / "bin").mkdir(parents=True)
+    noted = tmp_path / "words"
+    for name in ("holdfast", "python"):
+        (venv / "bin" / name).write_text(f"#!/bin/sh\nprintf '%s\\0' \"$@\" >'{noted}'\n")
+        (venv / "bin" / name).chmod(0o755)
+    (venv / ".holdfast-ready").touch()
+
+    def run(*arguments: str, **environment: str) -> list[str]:
+        ended = make(*arguments, f"VENV={venv}", **environment)
+        assert ended.returncode == 0, ended.stderr
+        return noted.read_text().split("\0")[:-1]
+
+    return run
 
 
 def test_make_alone_lists_every_target() -> None:
@@ -47,29 +67,66 @@ def test_make_alone_lists_every_target() -> None:
         assert f"  make {target} " in listed
 
 
-def test_nothing_given_is_the_demo() -> None:
-    assert last_command("calibrate")[1:] == [
-        "calibrate", "'demo/model'", "'demo/text.jsonl'", "'runs/demo'",
-        "--samples", "128", "--seq", "256", "--batch", "8", "--device", "auto",
+def test_nothing_given_is_the_demo(typed: Callable[..., list[str]]) -> None:
+    assert typed("calibrate") == [
+        "calibrate", "demo/model", "demo/text.jsonl", "runs/demo", "--samples", "128", "--seq", "256",
     ]  # fmt: skip
-    assert last_command("export")[1:] == ["export", "'runs/demo'", "'exports/demo-nvfp4'"]
-    assert last_command("export", "RECIPE=fp8")[1:] == [
-        "export",
-        "'runs/demo'",
-        "'exports/demo-fp8'",
-        "--recipe",
-        "'fp8'",
-    ]
-    assert last_command("status")[1:] == ["status", "'runs/demo'"]
+    assert typed("export") == ["export", "runs/demo", "exports/demo-nvfp4"]
+    assert typed("export", "RECIPE=fp8") == ["export", "runs/demo", "exports/demo-fp8", "--recipe", "fp8"]
+    assert typed("status") == ["status", "runs/demo"]
 
 
-def test_variables_reach_the_command_line() -> None:
-    given = ("MODEL=m", "DATA=a b", "RUN=r", "RECIPE=fp8", "BATCH=2", "ARGS=--experts eager")
-    assert " ".join(last_command("calibrate", *given)[1:]) == (
-        "calibrate 'm' 'a b' 'r' --samples 512 --seq 2048 "
-        "--batch 2 --device auto --recipe 'fp8' --experts eager"
-    )
-    assert " ".join(last_command("export", "RUN=r", "OUT=o", "MODEL=m")[1:]) == "export 'r' 'o' --model 'm'"
+def test_variables_reach_the_command_line(typed: Callable[..., list[str]]) -> None:
+    given = ("MODEL=m", "DATA=a b", "RUN=r")
+    assert typed("calibrate", *given) == ["calibrate", "m", "a b", "r"]
+    more = ("RECIPE=fp8", "SAMPLES=3", "SEQ=64", "BATCH=2", "DEVICE=cpu", "ARGS=--split a --column 'b c'")
+    assert typed("calibrate", *given, *more) == [
+        "calibrate", "m", "a b", "r", "--samples", "3", "--seq", "64", "--batch", "2", "--device", "cpu",
+        "--recipe", "fp8", "--split", "a", "--column", "b c",
+    ]  # fmt: skip
+    assert typed("export", "RUN=r", "OUT=o", "MODEL=m") == ["export", "r", "o", "--model", "m"]
+
+
+AWKWARD = (
+    "it's",
+    'a "quoted" one',
+    "$HOME $(HOME) ${HOME} $$",
+    "$(",
+    "`id` ; & | > * ? #1, \\",
+    " spaces  around ",
+    "~/runs/a",
+    "größe",
+)
+
+
+@pytest.mark.parametrize("value", AWKWARD)
+def test_any_character_reaches_the_command_line(typed: Callable[..., list[str]], value: str) -> None:
+    given = {name: f"{name.lower()}{value}" for name in ("MODEL", "DATA", "RUN", "RECIPE")}
+    expected = [
+        "calibrate", given["MODEL"], given["DATA"], given["RUN"], "--recipe", given["RECIPE"],
+    ]  # fmt: skip
+    assert typed("calibrate", *(f"{name}={value}" for name, value in given.items())) == expected
+    assert typed("calibrate", **given) == expected
+    assert typed("export", f"RUN={value}", f"OUT=o{value}", f"MODEL={value}") == [
+        "export", value.lstrip(), f"o{value}", "--model", value.lstrip(),
+    ]  # fmt: skip
+    assert typed("status", f"RUN={value}") == ["status", value.lstrip()]
+
+
+@pytest.mark.parametrize("value", AWKWARD)
+def test_a_suggested_command_brings_back_its_values(
+    typed: Callable[..., list[str]], value: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = CalibrateSettings(model=f"m{value}", data=f"d{value}", run=f"r{value}", split=f"s{value}")
+    monkeypatch.setenv("MAKELEVEL", "1")
+    suggested = calibrate_command(settings.model_dump(mode="json"))
+    assert typed(*shlex.split(suggested)[1:]) == [
+        "calibrate", f"m{value}", f"d{value}", f"r{value}", "--split", f"s{value}",
+    ]  # fmt: skip
+
+
+def test_the_makefile_has_every_variable_that_is_suggested() -> None:
+    assert {name.upper() for name in MAKE_VARIABLES} <= set(VARIABLES)
 
 
 @pytest.mark.parametrize(

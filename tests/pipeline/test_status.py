@@ -36,11 +36,6 @@ GENERATION = Generation(
 )
 
 
-@pytest.fixture(autouse=True)
-def _by_holdfast(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("MAKELEVEL", raising=False)
-
-
 def make_run(path: Path, *updates: Update) -> Path:
     """A run of five windows in batches of two, with these commits."""
     settings = CalibrateSettings(model="org/model", data="text.txt", run=path, samples=5, seq=8, batch=2)
@@ -93,6 +88,15 @@ def test_unfinished(tmp_path: Path) -> None:
     )
     assert status.commit_age is not None
     assert status.next_command == f"holdfast calibrate org/model text.txt {run} --samples 5 --seq 8 --batch 2"
+
+
+def test_a_run_that_has_moved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = make_run(tmp_path / "run", Update(Cursor(batch=2), finished=False, generation=GENERATION))
+    run.rename(tmp_path / "moved")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    status = look(Path("~/moved"))
+    assert (status.run, status.batches) == (str(tmp_path / "moved"), (2, 3))
+    assert f"text.txt {tmp_path / 'moved'} --samples" in status.next_command
 
 
 def test_layer_by_layer(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

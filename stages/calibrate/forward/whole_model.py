@@ -19,10 +19,18 @@ def pick_device(name: str) -> torch.device:
         device = torch.device(name)
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise InputError(
-            f"DEVICE {name!r} can't be used: {str(error).splitlines()[0]}; try auto, cpu or cuda:0"
-        ) from error
+        raise InputError(f"DEVICE {name!r} can't be used: {_unusable(name, error)}") from error
     return device
+
+
+def _unusable(name: str, error: Exception) -> str:
+    """Why a device can't be used, in torch's first sentence, and those that can."""
+    reason = str(error).splitlines()[0].partition(". ")[0]
+    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if name.startswith("cuda") and not gpus:
+        reason = f"torch finds no GPU here ({reason})"
+    usable = [f"cuda:{number}" for number in range(gpus)] + ["cpu"]
+    return f"{reason}; use DEVICE={', DEVICE='.join(usable)} or DEVICE=auto"
 
 
 def load_model(

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from state.errors import InputError
+from state.home import expand_home
 
 CHAT_COLUMNS = ("messages", "conversations")
 TABLES = (".jsonl", ".ndjson", ".parquet")
@@ -64,7 +65,7 @@ def read_documents(data: str, *, split: str, column: str | None, render: Render)
 
 def find_files(data: str) -> list[Path] | None:
     """The files `data` stands for, or None where it can only be the name of a data set."""
-    path = Path(data).expanduser()
+    path = expand_home(data)
     if path.is_file():
         return [path]
     if path.is_dir():

@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -11,9 +12,10 @@ from pathlib import Path
 import pytest
 
 from stages.export.folder import IDENTITY as IDENTITY_FILE
-from stages.export.folder import JOURNAL, open_folder
+from stages.export.folder import JOURNAL, REPORT, open_folder
 from state.durable import Disk
 from state.errors import DamagedStore, IdentityMismatch, InputError, OutOfSpace, RunBusy
+from state.identity import Difference
 from tests.stages.export.kill_driver import IDENTITY, OTHER, SHARDS, CountPuts, make, tree
 
 ROOT = Path(__file__).parents[3]
@@ -104,6 +106,32 @@ def test_what_the_journal_does_not_name_is_not_published(tmp_path: Path) -> None
     with open_folder(tmp_path / "out", IDENTITY, Disk()) as folder:
         folder.publish()
     assert sorted(tree(tmp_path / "out")) == ["chat/a.jinja", IDENTITY_FILE, JOURNAL]
+
+
+@pytest.mark.parametrize(
+    ("report", "stored"),
+    [
+        (b'{"recipe": "fp8"}', "fp8 (xxh3:9)"),
+        (b"{}", "xxh3:9"),
+        (b"[]", "xxh3:9"),
+        (b"torn", "xxh3:9"),
+        (None, "xxh3:9"),
+    ],
+)
+def test_another_recipe_is_named_where_the_report_tells_it(
+    tmp_path: Path, report: bytes | None, stored: str
+) -> None:
+    with open_folder(tmp_path / "out", OTHER, Disk()) as folder:
+        if report is not None:
+            folder.write(REPORT, report)
+        folder.write(SHARDS[0], b"first")
+    named = re.escape(f"  recipe: stored {stored}, now nvfp4 (xxh3:2)\n")
+    with (
+        pytest.raises(IdentityMismatch, match=named) as caught,
+        open_folder(tmp_path / "out", IDENTITY, Disk(), recipe="nvfp4"),
+    ):
+        pass
+    assert caught.value.differences == (Difference("recipe", "xxh3:9", "xxh3:2"),)
 
 
 @pytest.mark.parametrize("finished", [True, False])

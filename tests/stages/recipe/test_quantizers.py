@@ -88,13 +88,6 @@ def test_what_is_not_supported_is_named(skeleton: Skeleton, recipe: str, named: 
     assert named in str(error.value) and recipe in str(error.value) and "supported: " in str(error.value)
 
 
-def test_unknown_recipes_get_a_suggestion() -> None:
-    with pytest.raises(InputError, match=r"did you mean .*nvfp4"):
-        resolve("nvpf4")
-    with pytest.raises(InputError, match="general/ptq/nvfp4_default-kv_fp8"):
-        resolve("general/ptq/nvfp4_default-kv_f8")
-
-
 def test_every_name_of_a_hub_checkpoint_with_other_names(tmp_path: Path) -> None:
     """Mixtral: `block_sparse_moe` and w1, w3, w2 on the hub, `mlp.experts.gate_up_proj` in memory."""
     from transformers import MixtralConfig
