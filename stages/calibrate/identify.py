@@ -2,7 +2,6 @@
 can be reused.
 """
 
-import json
 import os
 from importlib.metadata import version
 from pathlib import Path
@@ -15,7 +14,8 @@ from transformers import PretrainedConfig
 from stages.model.folder import tokenizer_digests
 from stages.model.skeleton import Skeleton
 from stages.progress import Progress
-from state.identity import Environment, Identity, flatten, tokens_digest
+from stages.recipe.model_plan import flattened
+from state.identity import Environment, Identity, tokens_digest
 from state.source import Source
 from state.statistics import STATISTICS
 
@@ -27,7 +27,7 @@ def identify(
     progress.stage("reading the weights' identity")
     return Identity(
         tensors=source.digests(threads=min(8, os.cpu_count() or 1)),
-        config=flatten(json.loads(config.to_json_string(use_diff=False))),
+        config=flattened(config),
         tokenizer=tokenizer_digests(folder),
         tokens=tokens_digest(tokens),
         statistics=tuple(sorted(STATISTICS)),

@@ -11,6 +11,8 @@ from stages.calibrate.schedule.layerwise import FOLDER
 from stages.calibrate.signals import stop_on_signal
 from stages.calibrate.summary import Summary, measure_coverage
 from stages.progress import Progress
+from stages.recipe.kept_plans import keep_plan, kept_plan
+from stages.recipe.model_plan import describe
 from stages.settings import CalibrateSettings
 from state.claim import Claim
 from state.durable import Disk
@@ -39,6 +41,7 @@ def calibrate(settings: CalibrateSettings, progress: Progress) -> Summary:
             raise Stopped(stop_message(stop, settings, "before the first batch"))
         if isinstance(held, Claim):
             held = stack.enter_context(held.create(_record(settings, work), work.tokens))
+        _keep_plan(settings, work)
         tokens, did_something = 0, False
         while (schedule := next_schedule(settings, work, held.head)) is not None:
             tokens += Pass(settings, work, held, stop, progress).run(schedule)
@@ -64,6 +67,13 @@ def _existing(settings: CalibrateSettings, progress: Progress) -> RunWriter | No
     for note in writer.notes:
         progress.warn(note)
     return writer
+
+
+def _keep_plan(settings: CalibrateSettings, work: Prepared) -> None:
+    """What is known of the recipe by now, for exports to start from."""
+    if kept_plan(settings.run, work.folder, work.source, settings.recipe) is None:
+        plan = describe(work.skeleton, work.config, work.source, work.quantizers)
+        keep_plan(settings.run, work.folder, work.source, settings.recipe, plan)
 
 
 def _record(settings: CalibrateSettings, work: Prepared) -> RunRecord:

@@ -7,6 +7,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from difflib import get_close_matches
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -90,9 +91,10 @@ def is_shipped(name: str) -> bool:
 
 
 def _library() -> Path:
-    import modelopt_recipes  # type: ignore[import-untyped]
-
-    return Path(modelopt_recipes.__file__).parent
+    """The folder of modelopt's recipes, which are a package of files; to import it would import modelopt."""
+    spec = find_spec("modelopt_recipes")
+    assert spec is not None and spec.submodule_search_locations is not None  # comes with modelopt
+    return Path(spec.submodule_search_locations[0])
 
 
 def _load_preset(name: str) -> dict[str, Any]:
