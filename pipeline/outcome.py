@@ -7,6 +7,7 @@ from contextlib import contextmanager
 import typer
 from pydantic import ValidationError
 
+from stages.calibrate.signals import Interrupted
 from state.errors import HoldfastError, InputError, Stopped
 
 UNEXPECTED = 1
@@ -19,7 +20,7 @@ def exit_codes(debug: bool) -> Iterator[None]:
         yield
     except (typer.Exit, typer.Abort):
         raise
-    except (Exception, KeyboardInterrupt) as error:
+    except (Exception, KeyboardInterrupt, Interrupted) as error:
         if debug:
             traceback.print_exc()
         message, code = describe(error)
@@ -33,8 +34,12 @@ def describe(error: BaseException) -> tuple[str, int]:
     """The message and the exit code for an error."""
     if isinstance(error, HoldfastError):
         return str(error), error.exit_code
-    if isinstance(error, KeyboardInterrupt):
-        return "stopped. What was committed is safe; the same command goes on from there.", Stopped.exit_code
+    if isinstance(error, KeyboardInterrupt | Interrupted):
+        by = f" by {error}" if isinstance(error, Interrupted) else ""
+        return (
+            f"stopped{by}. What was committed is safe; the same command goes on from there.",
+            Stopped.exit_code,
+        )
     if isinstance(error, ValidationError):
         return "; ".join(_invalid_settings(error)), InputError.exit_code
     if isinstance(error, OSError):

@@ -27,6 +27,7 @@ from state.background import BackgroundWriter
 from state.errors import Difference, IdentityMismatch, Stopped
 from state.identity import Environment, require_same
 from state.layout import Layout
+from state.place import PlacedDisk
 from state.reader import open_run
 from state.store import RunWriter
 from state.update import Generation, Update
@@ -43,18 +44,18 @@ class Pass:
     writer: RunWriter
     stop: StopRequest
     progress: Progress
+    disk: PlacedDisk
     tokens: int = 0
 
     def run(self, name: Name) -> int:
         """Go from the run's cursor to the end of the pass. Returns the tokens this process took in."""
         schedule, statistics = self._whole() if name == "whole" else self._layerwise()
         cursor = self.writer.head.cursor
-        with (
-            BackgroundWriter(
-                self.writer, lambda head, seconds: self.progress.committed(head.number, seconds)
-            ) as background,
-            schedule,
-        ):
+        background = BackgroundWriter(
+            self.writer, lambda head, seconds: self.progress.committed(head.number, seconds)
+        )
+        self.stop.check()
+        with self.stop.waiting(lambda: background.busy), background, schedule:
             self.progress.start("calibrating", schedule.total(), "batches", schedule.done(cursor))
             last = time.monotonic()
             for step in schedule.steps(cursor):
@@ -75,6 +76,7 @@ class Pass:
         return Update(step.cursor, step.finished, generation, step.solutions)
 
     def _tick(self, tokens: int) -> None:
+        self.disk.check()
         self.tokens += tokens
         self.progress.advance(1, tokens=tokens)
 
@@ -134,7 +136,9 @@ class Pass:
         shapes = {name: entry.shape for name, entry in work.source.tensors.items()}
         folds = fold_map(shapes, TextModel.of(work.config), statistics.layout.relations)
         attributes = {"environment": work.environment.model_dump(mode="json")}
-        return SolverPass(work.solver, work.quantizers, work.skeleton, statistics, folds, solved, attributes)
+        return SolverPass(
+            work.solver, work.quantizers, work.skeleton, statistics, folds, solved, attributes, self.stop
+        )
 
     def _require_same_environment(self, solver_id: str, layer: int) -> None:
         """Solutions of one solver come from one environment, or from several by consent."""
