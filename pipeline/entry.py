@@ -23,7 +23,7 @@ def main() -> None:
         print(f"holdfast: stopped by {error}; give the same command again", file=sys.stderr)
         sys.exit(STOPPED)
     finally:
-        stop.manner = "end"
+        stop.end()
 
 
 def outliving(stream: TextIO | None, forgiven: type[OSError]) -> TextIO:

@@ -16,6 +16,8 @@ SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 # As in the reference reader of safetensors.
 HEADER_LIMIT = 100_000_000
+DEPTH_LIMIT = 64
+NAME_LIMIT = 200  # of characters; names become those of files and folders, which may have 255 bytes
 
 DTYPE_BITS = {
     "BOOL": 8, "U8": 8, "I8": 8, "I16": 16, "U16": 16, "I32": 32, "U32": 32, "I64": 64, "U64": 64,
@@ -132,7 +134,13 @@ def _map(path: Path, access: int = mmap.ACCESS_READ) -> memoryview:
         raise InputError(f"{path} cannot be read: {error.strerror}") from error
 
 
-def _read_json(path: Path, data: bytes) -> Any:
+def read_json(path: Path, data: bytes, unique: bool = True) -> Any:
+    """A JSON text of the model folder. unique: nothing may be named twice; else the last one counts.
+
+    Raises:
+        InputError: it is malformed, nested deeper than any that is meant, or names something twice.
+    """
+
     def refuse_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         if len({name for name, _ in pairs}) != len(pairs):
             names = [name for name, _ in pairs]
@@ -140,14 +148,24 @@ def _read_json(path: Path, data: bytes) -> Any:
         return dict(pairs)
 
     try:
-        return json.loads(data.decode(), object_pairs_hook=refuse_duplicates)
+        content = json.loads(data.decode(), object_pairs_hook=refuse_duplicates if unique else None)
     except (ValueError, RecursionError) as error:
         raise InputError(f"{path}: malformed JSON ({error})") from error
+    if _is_deeper(content, DEPTH_LIMIT):
+        raise InputError(f"{path}: malformed JSON (nested deeper than {DEPTH_LIMIT} levels)")
+    return content
+
+
+def _is_deeper(value: Any, levels: int) -> bool:
+    if not isinstance(value, dict | list):
+        return False
+    items = value.values() if isinstance(value, dict) else value
+    return levels == 0 or any(_is_deeper(item, levels - 1) for item in items)
 
 
 def _read_index(path: Path) -> dict[str, str]:
     try:
-        content = _read_json(path, path.read_bytes())
+        content = read_json(path, path.read_bytes())
     except OSError as error:
         raise InputError(f"{path} cannot be read: {error.strerror}") from error
     weight_map = content.get("weight_map") if isinstance(content, dict) else None
@@ -181,7 +199,7 @@ def _read_header(path: Path, file: str, data: memoryview) -> list[TensorEntry]:
         raise InputError(
             f"{path} is truncated or no safetensors file ({len(data):,} bytes, header of {length:,})"
         )
-    header = _read_json(path, bytes(data[8 : 8 + length]))
+    header = read_json(path, bytes(data[8 : 8 + length]))
     if not isinstance(header, dict):
         raise InputError(f"{path}: the header is no JSON object")
     header.pop("__metadata__", None)
@@ -214,4 +232,16 @@ def _entry(path: Path, file: str, name: str, fields: Any, base: int) -> TensorEn
         raise InputError(f"{path}: {name} has shape {shape!r} and offsets {[start, end]!r}")
     if (end - start) * 8 != prod(shape) * DTYPE_BITS[dtype]:
         raise InputError(f"{path}: {name} is {dtype}{shape}, which does not take {end - start:,} bytes")
+    _require_name(path, name)
     return TensorEntry(name, dtype, tuple(shape), file, base + start, end - start)
+
+
+def _require_name(path: Path, name: str) -> None:
+    """Names of tensors become those of arrays and files, and are shown to people."""
+    parts = name.split(".")
+    if not (name.isprintable() and len(name) <= NAME_LIMIT and all(parts)) or set(name) & set("/\\"):
+        shown = name if len(name) <= 60 else f"{name[:60]}..."
+        raise InputError(
+            f"{path}: {shown!r} is no name for a tensor (names are printable parts with dots between, "
+            f"without slashes, of at most {NAME_LIMIT} characters)"
+        )

@@ -14,6 +14,7 @@ from stages.calibrate.observe.relations import Probe, probe
 from stages.calibrate.text.texts import DataUnreachable
 from stages.calibrate.text.tokens import token_matrix
 from stages.model.folder import locate
+from stages.model.plausible import require_possible_counts, require_possible_sizes
 from stages.model.skeleton import Skeleton, load_config, refuse_quantized
 from stages.progress import Progress
 from stages.recipe.quantizer_plan import QuantizerPlan
@@ -53,10 +54,12 @@ def prepare(settings: CalibrateSettings, writer: RunWriter | None, progress: Pro
     recipe = resolve(settings.recipe)
     device = pick_device(settings.device)
     folder = locate(settings.model, settings.revision, progress)
+    source = Source.open(folder)
+    require_possible_counts(folder, source.tensors)
     config = load_config(folder, settings.trust_remote_code)
     refuse_quantized(config, folder)
-    source = Source.open(folder)
     skeleton = Skeleton(config, source.tensors, settings.trust_remote_code)
+    require_possible_sizes(folder, skeleton.model, skeleton.parameter_of, source.tensors)
     quantizers = plan_quantizers(skeleton, recipe)
     solver = solver_of(quantizers)
     if solver is not None and solver.needs_pass:

@@ -53,6 +53,15 @@ class StopRequest:
         if self.name is not None:
             raise Interrupted(self.name)
 
+    def end(self) -> None:
+        """The process ends from here on. After a request no signal changes the exit code any more, not even
+        once the interpreter has given up its handlers.
+        """
+        self.manner = "end"
+        if self:
+            for number in _heeded():
+                signal.signal(number, signal.SIG_IGN)
+
     @contextmanager
     def waiting(self, saving: Callable[[], bool]) -> Iterator[None]:
         """Within it signals raise nothing: the work looks at the request and stops itself.

@@ -55,7 +55,13 @@ def _insert(model: nn.Module, recipe: Recipe) -> None:
 
     with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        mtq.quantize(model, recipe.config(), None)
+        try:
+            mtq.quantize(model, recipe.config(), None)
+        except (RuntimeError, ValueError, AssertionError) as error:
+            reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+            raise InputError(
+                f"modelopt can't place the quantizers of this recipe in the model: {reason}"
+            ) from error
 
 
 class _PlanReader:
