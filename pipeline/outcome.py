@@ -1,5 +1,7 @@
 """Every way a command can end, as a line and an exit code. No tracebacks for what a person can put right."""
 
+import errno
+import os
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -26,7 +28,7 @@ def exit_codes(debug: bool) -> Iterator[None]:
         message, code = describe(error)
         if code == UNEXPECTED and not debug:
             message += "\nThis is not expected. Run it again with --debug to see where it happened."
-        typer.echo(f"holdfast: {message}", err=True)
+        typer.echo(f"holdfast: {printable(message)}", err=True)
         raise typer.Exit(code) from None
 
 
@@ -44,7 +46,7 @@ def describe(error: BaseException) -> tuple[str, int]:
         return "; ".join(_invalid_settings(error)), InputError.exit_code
     if isinstance(error, OSError):
         return _system_error(error), InputError.exit_code
-    if type(error).__name__ == "OutOfMemoryError":  # torch's, without importing torch
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":  # torch's is no other
         return f"out of memory: {_first_line(error)} A smaller --batch needs less.", InputError.exit_code
     return f"{type(error).__name__}: {_first_line(error)}", UNEXPECTED
 
@@ -55,9 +57,22 @@ def _invalid_settings(error: ValidationError) -> Iterator[str]:
         yield f"{option} = {problem['input']!r}: {problem['msg'].lower()}"
 
 
+def printable(message: str) -> str:
+    """A message without what a terminal would obey: names from files may hold anything."""
+    return "".join(char if char == "\n" or char.isprintable() else ascii(char)[1:-1] for char in message)
+
+
 def _system_error(error: OSError) -> str:
+    """The file and the reason. An error that names no file says at least what it is and when it came."""
     reason = error.strerror or _first_line(error)
-    return f"{error.filename}: {reason}" if error.filename else reason
+    if error.filename:
+        return f"{_shown(error.filename)}: {reason}"
+    kind = errno.errorcode.get(error.errno or 0, type(error).__name__)
+    return " ".join([reason, f"({kind})" * (kind not in reason), *getattr(error, "__notes__", ())])
+
+
+def _shown(filename: str | bytes | int) -> str:
+    return os.fsdecode(filename) if isinstance(filename, str | bytes) else f"file descriptor {filename}"
 
 
 def _first_line(error: BaseException) -> str:

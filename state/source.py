@@ -178,16 +178,18 @@ def _read_index(path: Path) -> dict[str, str]:
             or PurePosixPath(file).is_absolute()
             or ".." in Path(file).parts
         ):
-            raise InputError(f"{path}: {name} is said to be in {file!r}, outside the model folder")
+            raise InputError(f"{path}: {name!r} is said to be in {file!r}, outside the model folder")
         if not (path.parent / file).is_file():
-            raise InputError(f"{path}: {name} is said to be in {file}, which is missing. Download it again.")
+            raise InputError(
+                f"{path}: {name!r} is said to be in {file!r}, which is missing. Download it again."
+            )
     return weight_map
 
 
 def _check_index(path: Path, index: Mapping[str, str], tensors: Mapping[str, TensorEntry]) -> None:
     for name, file in index.items():
         if name not in tensors or tensors[name].file != file:
-            raise InputError(f"{path}: {name} is said to be in {file}, which does not have it")
+            raise InputError(f"{path}: {name!r} is said to be in {file!r}, which does not have it")
     for name, entry in tensors.items():
         if name not in index:
             raise InputError(f"{path} does not name {name}, which {entry.file} has")
@@ -224,7 +226,7 @@ def _entry(path: Path, file: str, name: str, fields: Any, base: int) -> TensorEn
     try:
         dtype, shape, (start, end) = fields["dtype"], fields["shape"], fields["data_offsets"]
     except (KeyError, TypeError, ValueError):
-        raise InputError(f"{path}: the header of {name} lacks dtype, shape or data_offsets") from None
+        raise InputError(f"{path}: the header of {name!r} lacks dtype, shape or data_offsets") from None
     if not isinstance(dtype, str) or dtype not in DTYPE_BITS:
         raise InputError(f"{path}: {name} has the unknown dtype {dtype!r}")
     numbers = [start, end, *shape] if isinstance(shape, list) else [None]

@@ -11,8 +11,7 @@ from stages.calibrate.forward.whole_model import load_model
 from stages.calibrate.observe.accumulate import Accumulators
 from stages.calibrate.observe.arrays import plan_layout
 from stages.calibrate.observe.attach import record_weights
-from stages.calibrate.observe.relations import probe
-from stages.calibrate.prepare import Prepared
+from stages.calibrate.prepare import Prepared, probe_loaded
 from stages.calibrate.schedule.choose import Name, solved_layers, unsolved_layers
 from stages.calibrate.schedule.layerwise import LayerByLayer
 from stages.calibrate.schedule.solving import SolverPass
@@ -95,7 +94,7 @@ class Pass:
         work, settings = self.work, self.settings
         self.progress.stage(f"loading {work.folder.name} onto {work.device}")
         model = load_model(work.folder, work.device, settings.experts, settings.trust_remote_code)
-        layout = plan_layout(work.skeleton, work.probe or probe(work.skeleton, model))
+        layout = plan_layout(work.skeleton, probe_loaded(work, model))
         stored = self._stored(layout)
         statistics = Accumulators(layout, work.device, stored)
         if stored is None:

@@ -21,7 +21,10 @@ EXPERT_COUNT = re.compile(r"(\w+_)?experts")
 ALWAYS_POSSIBLE = 256
 """Layers that a configuration may have whatever the tensors are: it may speak of parts that were left out."""
 
-CONFIG = "config.json"
+CONFIG, TOKENIZER = "config.json", "tokenizer.json"
+
+LARGEST_ID = 1 << 24
+"""Of a token; vocabularies end far below."""
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -68,6 +71,18 @@ def require_possible_sizes(
             )
 
 
+def require_possible_ids(folder: Path) -> None:
+    """Raises InputError where tokenizer.json numbers a token so high that loading it would take all memory."""
+    path = folder / TOKENIZER
+    if not path.is_file():
+        return
+    with naming(path):
+        content = read_json(path, path.read_bytes(), unique=False)
+    for name, value in _leaves("", content):
+        if value > LARGEST_ID:
+            raise InputError(f"{path}: {name[:80]!r} is {value}, which can't be the number of a token")
+
+
 def _numbers(name: str) -> Iterator[int]:
     return (int(part) for part in name.split(".") if part.isascii() and part.isdigit())
 
@@ -76,5 +91,8 @@ def _leaves(name: str, value: Any) -> Iterator[tuple[str, int]]:
     if isinstance(value, dict):
         for key, item in value.items():
             yield from _leaves(f"{name}.{key}" if name else key, item)
+    elif isinstance(value, list):
+        for position, item in enumerate(value):
+            yield from _leaves(f"{name}[{position}]", item)
     elif type(value) is int:
         yield name, value
