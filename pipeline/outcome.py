@@ -11,6 +11,7 @@ from pydantic import ValidationError
 
 from stages.calibrate.signals import Interrupted
 from state.errors import HoldfastError, InputError, Stopped
+from state.reasons import printable, reason
 
 UNEXPECTED = 1
 
@@ -35,7 +36,7 @@ def exit_codes(debug: bool) -> Iterator[None]:
 def describe(error: BaseException) -> tuple[str, int]:
     """The message and the exit code for an error."""
     if isinstance(error, HoldfastError):
-        return str(error), error.exit_code
+        return str(error) or type(error).__name__, error.exit_code
     if isinstance(error, KeyboardInterrupt | Interrupted):
         by = f" by {error}" if isinstance(error, Interrupted) else ""
         return (
@@ -47,8 +48,8 @@ def describe(error: BaseException) -> tuple[str, int]:
     if isinstance(error, OSError):
         return _system_error(error), InputError.exit_code
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":  # torch's is no other
-        return f"out of memory: {_first_line(error)} A smaller --batch needs less.", InputError.exit_code
-    return f"{type(error).__name__}: {_first_line(error)}", UNEXPECTED
+        return f"out of memory: {reason(error)} A smaller --batch needs less.", InputError.exit_code
+    return f"{type(error).__name__}: {reason(error)}", UNEXPECTED
 
 
 def _invalid_settings(error: ValidationError) -> Iterator[str]:
@@ -57,24 +58,14 @@ def _invalid_settings(error: ValidationError) -> Iterator[str]:
         yield f"{option} = {problem['input']!r}: {problem['msg'].lower()}"
 
 
-def printable(message: str) -> str:
-    """A message without what a terminal would obey: names from files may hold anything."""
-    return "".join(char if char == "\n" or char.isprintable() else ascii(char)[1:-1] for char in message)
-
-
 def _system_error(error: OSError) -> str:
     """The file and the reason. An error that names no file says at least what it is and when it came."""
-    reason = error.strerror or _first_line(error)
+    said = error.strerror or reason(error)
     if error.filename:
-        return f"{_shown(error.filename)}: {reason}"
+        return f"{_shown(error.filename)}: {said}"
     kind = errno.errorcode.get(error.errno or 0, type(error).__name__)
-    return " ".join([reason, f"({kind})" * (kind not in reason), *getattr(error, "__notes__", ())])
+    return " ".join([said, *([f"({kind})"] if kind not in said else []), *getattr(error, "__notes__", ())])
 
 
 def _shown(filename: str | bytes | int) -> str:
     return os.fsdecode(filename) if isinstance(filename, str | bytes) else f"file descriptor {filename}"
-
-
-def _first_line(error: BaseException) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__

@@ -17,6 +17,7 @@ INDEX = "model.safetensors.index.json"
 # As in the reference reader of safetensors.
 HEADER_LIMIT = 100_000_000
 DEPTH_LIMIT = 64
+FILE_LIMIT = 255
 NAME_LIMIT = 200  # of characters; names become those of files and folders, which may have 255 bytes
 
 DTYPE_BITS = {
@@ -174,11 +175,15 @@ def _read_index(path: Path) -> dict[str, str]:
     for name, file in weight_map.items():
         if (
             not isinstance(file, str)
-            or not file
+            or not file.isprintable()
+            or not 0 < len(file) <= FILE_LIMIT
             or PurePosixPath(file).is_absolute()
             or ".." in Path(file).parts
         ):
-            raise InputError(f"{path}: {name!r} is said to be in {file!r}, outside the model folder")
+            raise InputError(
+                f"{path}: {name[:NAME_LIMIT]!r} is said to be in {str(file)[:60]!r}, which is no file in the "
+                "model folder"
+            )
         if not (path.parent / file).is_file():
             raise InputError(
                 f"{path}: {name!r} is said to be in {file!r}, which is missing. Download it again."

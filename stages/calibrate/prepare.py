@@ -25,6 +25,7 @@ from stages.settings import CalibrateSettings
 from state.errors import HoldfastError, IdentityMismatch, InputError
 from state.identity import Environment, Identity, require_same
 from state.reader import open_run
+from state.reasons import reason
 from state.source import Source
 from state.store import RunWriter
 
@@ -163,7 +164,6 @@ def probe_loaded(work: Prepared, model: PreTrainedModel) -> Probe:
     except HoldfastError:
         raise
     except Exception as error:  # the model's own code, with the numbers of its configuration
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise InputError(
-            f"{work.folder}: the model can't compute with what its config.json says: {reason}"
+            f"{work.folder}: the model can't compute with what its config.json says: {reason(error)}"
         ) from error

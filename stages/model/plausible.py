@@ -72,7 +72,7 @@ def require_possible_sizes(
 
 
 def require_possible_ids(folder: Path) -> None:
-    """Raises InputError where tokenizer.json numbers a token so high that loading it would take all memory."""
+    """Raises InputError where tokenizer.json numbers a token so high that loading would take all memory."""
     path = folder / TOKENIZER
     if not path.is_file():
         return

@@ -23,6 +23,7 @@ from transformers.core_model_loading import WeightConverter, WeightRenaming, ren
 from stages.model.matrices import StoredMatrix
 from stages.model.plausible import read_config
 from state.errors import InputError
+from state.reasons import reason
 
 
 @dataclass(frozen=True)
@@ -69,7 +70,9 @@ def load_config(folder: Path, trust_remote_code: bool = False) -> PretrainedConf
     except (
         Exception
     ) as error:  # the class of a model computes with what it finds, and raises what comes of it
-        raise InputError(f"{folder}/config.json can't be used: {_in_one_line(error)}") from error
+        raise InputError(
+            f"{folder}/config.json can't be used: {type(error).__name__}: {reason(error)}"
+        ) from error
 
 
 def refuse_quantized(config: PretrainedConfig, folder: Path) -> None:
@@ -235,14 +238,10 @@ def build_meta_model(config: PretrainedConfig, trust_remote_code: bool = False) 
             model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
     except Exception as error:  # as for the configuration
         raise InputError(
-            f"no causal language model can be built from this config.json: {_in_one_line(error)}"
+            "no causal language model can be built from this config.json: "
+            f"{type(error).__name__}: {reason(error)}"
         ) from error
     return model.eval()
-
-
-def _in_one_line(error: Exception) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return " ".join([type(error).__name__ + ":", *lines[:2]])
 
 
 def map_tensors(model: PreTrainedModel, tensor_names: Iterable[str]) -> dict[str, tuple[str, int]]:

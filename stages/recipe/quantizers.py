@@ -17,6 +17,7 @@ from stages.model.skeleton import ExpertsModule, Skeleton, build_meta_model
 from stages.recipe.quantizer_plan import KvFormat, QuantizerPlan
 from stages.recipe.recipes import ALGORITHMS, Recipe
 from state.errors import InputError
+from state.reasons import reason
 
 
 def plan_quantizers(skeleton: Skeleton, recipe: Recipe) -> QuantizerPlan:
@@ -58,9 +59,8 @@ def _insert(model: nn.Module, recipe: Recipe) -> None:
         try:
             mtq.quantize(model, recipe.config(), None)
         except (RuntimeError, ValueError, AssertionError) as error:
-            reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
             raise InputError(
-                f"modelopt can't place the quantizers of this recipe in the model: {reason}"
+                f"modelopt can't place the quantizers of this recipe in the model: {reason(error)}"
             ) from error
 
 

@@ -6,6 +6,8 @@ import pytest
 import typer
 
 from pipeline.outcome import describe, exit_codes
+from pipeline.progress import reporting
+from stages.calibrate.signals import Interrupted
 from stages.settings import ExportSettings
 from state.errors import DamagedStore, IdentityMismatch, InputError, OutOfSpace, RunBusy, Stopped
 
@@ -28,13 +30,25 @@ class OutOfMemoryError(RuntimeError):
             75,
         ),
         (PermissionError(13, "Permission denied", "/x/run"), "/x/run: Permission denied", 2),
-        (OSError("no file is named"), "no file is named", 2),
+        (OSError("no file is named"), "no file is named (OSError)", 2),
+        (OSError(116, "Stale file handle"), "Stale file handle (ESTALE)", 2),
+        (OSError(24, "Too many open files"), "Too many open files (EMFILE)", 2),
+        (OSError(), "OSError", 2),
+        (OSError(116, "Stale file handle", b"/x/\xff"), "/x/\udcff: Stale file handle", 2),
+        (OSError(9, "Bad file descriptor", 7), "file descriptor 7: Bad file descriptor", 2),
+        (MemoryError(), "out of memory: MemoryError A smaller --batch needs less.", 2),
+        (InputError(""), "InputError", 2),
+        (
+            Interrupted("SIGHUP"),
+            "stopped by SIGHUP. What was committed is safe; the same command goes on from there.",
+            75,
+        ),
         (
             OutOfMemoryError("tried 2 GiB.\nmore"),
-            "out of memory: tried 2 GiB. A smaller --batch needs less.",
+            "out of memory: tried 2 GiB. more A smaller --batch needs less.",
             2,
         ),
-        (ZeroDivisionError("by zero\nat"), "ZeroDivisionError: by zero", 1),
+        (ZeroDivisionError("by zero\nat"), "ZeroDivisionError: by zero at", 1),
         (ValueError(), "ValueError: ValueError", 1),
     ],
     ids=lambda value: type(value).__name__ if isinstance(value, BaseException) else "",
@@ -62,6 +76,21 @@ def test_the_unexpected_asks_for_debug(capsys: pytest.CaptureFixture[str]) -> No
     assert capsys.readouterr().err == (
         "holdfast: ZeroDivisionError: by zero\n"
         "This is not expected. Run it again with --debug to see where it happened.\n"
+    )
+
+
+def test_what_a_terminal_would_obey_is_written_out(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(typer.Exit), exit_codes(debug=False):
+        raise InputError("\x1b[2Jbad\x00 \udcff\nand more")
+    assert capsys.readouterr().err == "holdfast: \\x1b[2Jbad\\x00 \\udcff\nand more\n"
+
+
+def test_an_error_without_a_file_says_what_was_being_done(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(typer.Exit), exit_codes(debug=False), reporting() as progress:
+        progress.stage("reading the weights' identity")
+        raise OSError(116, "Stale file handle")
+    assert capsys.readouterr().err.splitlines()[-1] == (
+        "holdfast: Stale file handle (ESTALE) while reading the weights' identity"
     )
 
 

@@ -8,6 +8,7 @@ from transformers.utils import logging
 
 from stages.model.plausible import require_possible_ids
 from state.errors import InputError
+from state.reasons import reason
 
 
 def pick_device(name: str) -> torch.device:
@@ -56,7 +57,7 @@ def load_model(
             use_safetensors=True,
         )
     except (RuntimeError, ValueError, OSError) as error:
-        raise InputError(f"{folder} can't be loaded: {_first_lines(error)}") from error
+        raise InputError(f"{folder} can't be loaded: {reason(error)}") from error
     finally:
         logging.set_verbosity(verbosity)
         if bars:
@@ -82,9 +83,4 @@ def load_tokenizer(folder: Path, trust_remote_code: bool = False) -> PreTrainedT
     try:
         return AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
     except Exception as error:  # tokenizers raises bare Exception for a malformed tokenizer.json
-        raise InputError(f"the tokenizer in {folder} can't be loaded: {_first_lines(error)}") from error
-
-
-def _first_lines(error: Exception) -> str:
-    lines = [line.strip() for line in str(error).strip().splitlines() if line.strip()]
-    return " ".join(lines[:3]) or type(error).__name__
+        raise InputError(f"the tokenizer in {folder} can't be loaded: {reason(error)}") from error

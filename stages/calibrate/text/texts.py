@@ -9,6 +9,7 @@ from typing import Any
 from state.errors import InputError
 from state.home import expand_home
 from state.naming import naming
+from state.reasons import reason
 
 CHAT_COLUMNS = ("messages", "conversations")
 TABLES = (".jsonl", ".ndjson", ".parquet")
@@ -146,8 +147,7 @@ def _parquet_rows(file: Path) -> Iterator[Row]:
                 number += 1
                 yield Row(f"{file}: row {number}", fields)
     except Exception as error:  # pyarrow raises errors of its own, OSError, and those of decoding a value
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise InputError(f"{file}: not readable as Parquet ({reason})") from error
+        raise InputError(f"{file}: not readable as Parquet ({reason(error)})") from error
 
 
 def _dataset_rows(data: str, split: str) -> Iterator[Row]:
@@ -159,10 +159,9 @@ def _dataset_rows(data: str, split: str) -> Iterator[Row]:
         for number, fields in enumerate(rows, start=1):
             yield Row(f"{data}[{split}]: row {number}", fields)
     except Exception as error:  # datasets raises errors of its own, the hub's, fsspec's and the network's
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise DataUnreachable(
             f"DATA {data}: no such file here, and loading a data set of this name (split {split}) failed: "
-            f"{reason} DATA is {FORMS}."
+            f"{reason(error)} DATA is {FORMS}."
         ) from error
 
 

@@ -11,6 +11,7 @@ from transformers import PreTrainedTokenizerBase
 from stages.calibrate.text.texts import Piece, read_documents
 from stages.progress import Progress
 from state.errors import InputError
+from state.reasons import reason
 
 GROUP_PIECES = 64
 GROUP_CHARACTERS = 1 << 20
@@ -93,9 +94,9 @@ def _token_ids(tokenizer: PreTrainedTokenizerBase, pieces: list[Piece]) -> list[
         )
         return [np.array(ids, dtype=np.int32) for ids in encoded["input_ids"]]
     except Exception as error:  # what a tokenizer does with odd settings of its own, only it knows
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise InputError(
-            f"the model's tokenizer fails on this text: {reason}. Are its files whole, and the model's own?"
+            f"the model's tokenizer fails on this text: {reason(error)}. Are its files whole, and the "
+            "model's own?"
         ) from error
 
 
