@@ -4,9 +4,12 @@ LONGEST = 300
 
 
 def reason(error: BaseException) -> str:
-    """An error's first two lines as one, without what a terminal would obey, not too long and never empty."""
+    """An error's first line, with the one that it announces, without what a terminal would obey; not too long
+    and never empty.
+    """
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    text = printable(" ".join(lines[:2])) or type(error).__name__
+    told = lines[:2] if lines and lines[0].endswith(":") else lines[:1]
+    text = printable(" ".join(told)) or type(error).__name__
     return text if len(text) <= LONGEST else f"{text[:LONGEST]}..."
 
 

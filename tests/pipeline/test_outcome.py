@@ -45,10 +45,10 @@ class OutOfMemoryError(RuntimeError):
         ),
         (
             OutOfMemoryError("tried 2 GiB.\nmore"),
-            "out of memory: tried 2 GiB. more A smaller --batch needs less.",
+            "out of memory: tried 2 GiB. A smaller --batch needs less.",
             2,
         ),
-        (ZeroDivisionError("by zero\nat"), "ZeroDivisionError: by zero at", 1),
+        (ZeroDivisionError("by zero\nat"), "ZeroDivisionError: by zero", 1),
         (ValueError(), "ValueError: ValueError", 1),
     ],
     ids=lambda value: type(value).__name__ if isinstance(value, BaseException) else "",

@@ -8,7 +8,8 @@ from state.reasons import printable, reason
 @pytest.mark.parametrize(
     ("error", "quoted"),
     [
-        (ValueError("no\n\n  such thing\nat all"), "no such thing"),
+        (ValueError("\n no such thing\nat all"), "no such thing"),
+        (ValueError("no such thing:\n\n  a thing\nat all"), "no such thing: a thing"),
         (ValueError(), "ValueError"),
         (ValueError("  \n"), "ValueError"),
         (ValueError("bad \x1b[2J"), "bad \\x1b[2J"),

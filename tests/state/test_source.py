@@ -170,7 +170,7 @@ def test_a_flipped_bit_is_refused_or_changes_the_identity(
         (INDEX | {"a": "x" * 5000}, "no file in the model folder"),
         (INDEX | {"a": "x\0y"}, "no file in the model folder"),
         (INDEX | {"a": 3}, "no file in the model folder"),
-        (INDEX | {"a": "model-9.safetensors"}, "model-9.safetensors, which is missing"),
+        (INDEX | {"a": "model-9.safetensors"}, "'model-9.safetensors', which is missing"),
         (
             INDEX | {"c": "model-1.safetensors"},
             "'c' is said to be in 'model-1.safetensors', which does not have",
