@@ -96,7 +96,7 @@ class FileBuffer:
     def __init__(
         self, path: Path, device: torch.device, blocks: dict[int, dict[str, Block]] | None = None
     ) -> None:
-        path.parent.mkdir(exist_ok=True)  # not its parents: a run that was moved is not begun anew
+        path.parent.mkdir(parents=True, exist_ok=True)
         self.path = path
         self._device = device
         self.blocks = dict(blocks or {})
