@@ -30,8 +30,11 @@ class Boundary:
 
     def publish(self, path: Path) -> None:
         """Write the record, durably."""
-        content = asdict(self)
-        content["blocks"] = {str(batch): state for batch, state in content["blocks"].items()}
+        blocks = {
+            str(batch): {name: asdict(block) for name, block in state.items()}
+            for batch, state in self.blocks.items()
+        }
+        content = {"layer": self.layer, "circumstances": dict(self.circumstances), "blocks": blocks}
         Disk().publish(path, canonical_json(content | {"digest": digest_json(content)}))
 
 
