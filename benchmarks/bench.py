@@ -2,8 +2,8 @@
 
 Prints, each with its ratios: how soon an export reaches its first tensor; the bare forward, Holdfast's
 calibration and modelopt's; what a commit of 23,500 quantizers costs the forward; seconds and peak memory of
-both exporters and of a plain copy; what collecting and solving cost, beside modelopt's AWQ on a GPU; the loss of
-every solver, where HOLDFAST_SHARED names a folder with the trained test model.
+both exporters and of a plain copy; what collecting and solving cost, beside modelopt's AWQ on a GPU; the loss
+of every solver, where HOLDFAST_SHARED names a folder with the trained test model.
 """
 
 import argparse
