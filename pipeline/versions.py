@@ -59,7 +59,7 @@ def report() -> str:
     )
     if wanted:
         lines.append(
-            "Untested versions are the likeliest reason. Install tested ones, then give the same command again:"
+            "Untested versions are the likeliest reason. Install tested ones and give the same command again:"
         )
         lines.append(f"  python -m pip install {wanted}")
     elif others:

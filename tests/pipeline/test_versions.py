@@ -52,7 +52,7 @@ def test_untested_and_missing_ones_come_with_the_command_that_mends_it(found: di
     assert "  transformers 5.25.0.dev0 (NOT in the tested range >=5.14,<5.25)\n" in said
     assert "  zarr missing (NOT in the tested range >=3.1.6,<3.5)\n" in said
     assert said.endswith(
-        "Untested versions are the likeliest reason. Install tested ones, then give the same command again:\n"
+        "Untested versions are the likeliest reason. Install tested ones and give the same command again:\n"
         "  python -m pip install 'transformers>=5.14,<5.25' 'nvidia-modelopt>=0.47,<0.48' 'zarr>=3.1.6,<3.5'"
     )
 
