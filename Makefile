@@ -26,7 +26,7 @@ PYTHON  ?= $(shell for python in $(NEWEST); do \
 READY   := $(VENV)/.holdfast-ready
 
 .DEFAULT_GOAL := help
-.PHONY: help calibrate export status test lint crash-test bench clean
+.PHONY: help calibrate export status test test-newest test-oldest lint crash-test bench clean
 
 help:  ## this list
 	@echo "Holdfast: crash-safe post-training quantization for Hugging Face models"; echo
@@ -65,6 +65,25 @@ status: $(READY)  ## how far RUN is, also while it calibrates
 test: $(READY)  ## all tests but the long ones
 	@$(VENV)/bin/python -m pytest $(ARGS)
 
+test-newest: .venv-newest/.holdfast-ready  ## the tests with the newest libraries that pyproject.toml allows
+	@.venv-newest/bin/python -m pytest $(ARGS)
+
+test-oldest: .venv-oldest/.holdfast-ready  ## the tests with the oldest
+	@.venv-oldest/bin/python -m pytest $(ARGS)
+
+# torch stays at the version of constraints.txt: a newer one, of several GB, would bring CUDA along.
+.venv-newest/.holdfast-ready: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv-newest
+	grep '^torch==' constraints.txt > .venv-newest/constraints.txt
+	.venv-newest/bin/python -m pip install --quiet --upgrade --upgrade-strategy eager \
+	  --constraint .venv-newest/constraints.txt --editable '.[dev]'
+	@touch $@
+
+.venv-oldest/.holdfast-ready: pyproject.toml constraints-oldest.txt
+	$(PYTHON) -m venv .venv-oldest
+	.venv-oldest/bin/python -m pip install --quiet --constraint constraints-oldest.txt --editable '.[dev]'
+	@touch $@
+
 lint: $(READY)  ## ruff and mypy
 	@$(VENV)/bin/ruff check .
 	@$(VENV)/bin/ruff format --check .
@@ -77,7 +96,8 @@ bench: $(READY)  ## speed and memory beside modelopt's (ARGS="--device cuda" on 
 	@$(VENV)/bin/python -m benchmarks.bench $(ARGS)
 
 clean:  ## remove the environment and the demo (runs and exports of your own stay)
-	rm -rf $(VENV) demo runs/demo exports/demo-* build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) .venv-newest .venv-oldest demo runs/demo exports/demo-* build *.egg-info .pytest_cache .mypy_cache \
+	  .ruff_cache .hypothesis
 
 needs = $(foreach name,$(1),$(if $($(name)),,echo "make $@: $(shell echo $(name) | tr a-z A-Z) is missing. Such as: \
   make $@ $(if $(filter calibrate,$@),MODEL=path-or-hub-id DATA=text.jsonl RUN=runs/name,RUN=runs/name OUT=exports/name)" \
