@@ -100,10 +100,13 @@ HOLDER = """
 import sys, os
 from pathlib import Path
 from state.durable import Disk
+reading, writing = os.pipe()
 with Disk().lock(Path(sys.argv[1])):
     if os.fork() == 0:  # as a data loader's worker would: it outlives the holder
+        os.write(writing, b".")
         sys.stdin.read()
         os._exit(0)
+    os.read(reading, 1)  # until the child has begun, and let go of what it inherited
     print("held", flush=True)
     sys.stdin.read()
 """
