@@ -72,7 +72,8 @@ class _Look:
         heads = self._heads(data)
         newest = heads[0] if heads else None
         for head in heads:
-            for path, expected in head.objects.items():
+            # What an older commit names beside its statistics the newest does too, or it was lost before.
+            for path, expected in (head.objects if head is newest else head.statistics).items():
                 self._verify(path, expected)
         costs: list[str] = []
         if newest is not None:
@@ -81,8 +82,7 @@ class _Look:
             own = [fault for fault in self.faults if fault.path in newest.objects]
             if fatal(self.run, newest, own, self.disk):
                 costs.append(
-                    f"statistics of commit {newest.number} are damaged: calibrating goes on from an older "
-                    "commit"
+                    f"statistics of commit {newest.number} are lost: calibrating goes on from an older one"
                 )
             costs += in_words(newest, own)
         return Checked(

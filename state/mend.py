@@ -9,6 +9,7 @@ from pathlib import Path
 from state.aside import SetAside
 from state.damage import broken_objects, is_remade, lost_solutions, without_lost
 from state.durable import Disk
+from state.errors import InputError
 from state.head import Head
 from state.identity import digest
 from state.objects import BrokenObject, empty_group, read_file
@@ -62,6 +63,12 @@ def mend(run: Path, found: Found, disk: Disk) -> Mended:
             if OBJECT.fullmatch(path) or path == f"{HEAD}.tmp" or path.startswith(f"{HEADS}/"):
                 aside.move(path)
     aside.sync()
+    if f"{HEAD}.tmp" in found_strays and f"{HEAD}.tmp" not in aside.moved:
+        raise InputError(
+            f"{run / HEAD}.tmp is in the way: no record of Holdfast names it, so it is not removed. Move it "
+            "elsewhere, "
+            "then give the same command again."
+        )
     older = [head for head in older_heads(run, disk, found.recorded.number) if head not in heads]
     drop(run, older, heads, disk)
     copied = _copy_record(run, found.recorded, disk)
@@ -154,8 +161,11 @@ def _set_aside_damage(
 
 
 def _restore(run: Path, head: Head, faults: Collection[BrokenObject], aside: SetAside) -> set[str]:
-    """Write again what is known without the damaged file."""
+    """Write again what is known without the damaged file; a head that HEAD alone holds too."""
     mended = set()
+    if not (run / head.path).exists():
+        aside.disk.put(run / head.path, head.encode())
+        aside.disk.sync([run / HEADS])
     for path in (fault.path for fault in faults):
         data = None
         if path == RECORD:

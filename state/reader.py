@@ -83,6 +83,12 @@ class Calibration:
             return Layout()
         return Layout.model_validate(self._attributes(self.head.generation)["layout"])
 
+    @property
+    def token_shape(self) -> tuple[int, int]:
+        """(windows, seq) of the calibration tokens, as the record has it."""
+        windows, seq = self.record.identity.tokens.partition("[")[2].partition("]")[0].split(",")
+        return int(windows), int(seq)
+
     @cached_property
     def tokens(self) -> NDArray[np.int32]:
         """The calibration tokens, int32 [windows, seq]."""

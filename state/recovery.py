@@ -157,9 +157,9 @@ def _choose(run: Path, disk: Disk, verify: bool, data: bytes | None) -> Found:
     raise DamagedStore(
         f"{run} is damaged and no older commit is whole:\n  "
         + "\n  ".join(notes)
-        + f"\n`holdfast check {run}` names all that is damaged. Restore it from a copy, or calibrate into a "
-        "new "
-        "run: `holdfast calibrate MODEL DATA NEW_RUN`",
+        + f"\n`holdfast check {run}` names all that is damaged, and `holdfast repair {run}` looks for what "
+        "is whole. "
+        "Or restore it from a copy, or calibrate into a new run: `holdfast calibrate MODEL DATA NEW_RUN`",
         [*broken_heads, *faulty],
     )
 

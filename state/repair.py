@@ -11,10 +11,11 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from state.aside import SetAside
 from state.durable import Disk
 from state.errors import DamagedStore, InputError, Unreadable
 from state.events import read_events
-from state.head import Cursor, Head, head_numbers
+from state.head import Cursor, Head
 from state.identity import digest
 from state.paths import (
     GENERATION,
@@ -95,6 +96,7 @@ def _rebuild_newest(run: Path, disk: Disk) -> tuple[str, ...]:
     if published(run, disk):
         with suppress(DamagedStore):
             known = max(known, find_head(run, disk, verify=False).head.number)
+    notes: list[str] = []
     events = [event for event in read_events(run, disk) if isinstance(event.get("number"), int)]
     for event in sorted(events, key=lambda event: event["number"], reverse=True):
         if event["number"] <= known:
@@ -102,13 +104,14 @@ def _rebuild_newest(run: Path, disk: Disk) -> tuple[str, ...]:
         for head in _candidates(run, event, disk):
             if head.digest != event.get("head"):
                 continue
-            if head.number in head_numbers(disk.list(run / HEADS)):
-                return ()  # damaged: find_head can say so, and its file is set aside
+            aside = SetAside(run, disk)
+            aside.move(head.path)
+            aside.sync()
             disk.put(run / head.path, head.encode())
             disk.sync([run / HEADS, run])
-            return (
-                f"{head_path(head.number)} was made again: the log has its digest, and all files are whole",
-            )
+            made = f"{head_path(head.number)} was made again: the log has its digest, and all files are whole"
+            return (*notes, made)
+        notes.append(f"commit {event['number']}: its head is lost, and its files are not all whole")
     return ()
 
 

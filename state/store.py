@@ -147,9 +147,13 @@ class RunWriter:
         """Write the run's tokens again where they are damaged; does nothing for other tokens, or whole
         ones.
         """
+        if not self.missing:
+            return
         encoded = EncodedObjects(self.path, self.disk)
         put_tokens(encoded, tokens)
-        for path in restore(self.path, encoded.data, self.head.objects, self.disk):
+        restored = restore(self.path, encoded.data, self.head.objects, self.disk)
+        self.missing = tuple(path for path in self.missing if path not in restored)
+        for path in restored:
             self.event("restored", object=path)
 
     def accept_environment(self, environment: Environment) -> None:

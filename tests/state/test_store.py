@@ -69,7 +69,9 @@ def test_a_head_names_every_file_with_its_digest_and_has_its_own(finished: Path)
     assert content["objects"] == files
     own = content.pop("digest")
     assert own == digest_json(content)
-    assert (finished / "HEAD").read_text() == f"heads/000003.json {own}\n"
+    copy = (finished / "heads/000003.json").read_bytes()
+    assert (finished / "HEAD").read_bytes() == f"heads/000003.json {own}\n".encode() + copy
+    assert (finished / "heads/run.json").read_bytes() == (finished / "run.json").read_bytes()
 
 
 def test_plain_zarr_reads_the_store(finished: Path) -> None:
