@@ -204,6 +204,9 @@ class RunWriter:
         number = self._next_number
         record = Writing(number, (f"{HEAD}.tmp", head_path(number), *files))
         record.begin(self.path, self.disk)
+        if not self._heads:  # the run itself is new, and maybe folders it lies in
+            parents = self.path.absolute().parents
+            self.disk.sync([self.path, *(parent for parent in parents if _may_hold_new_entries(parent))])
         yield
         record.end(self.path, self.disk)
 
@@ -229,8 +232,6 @@ class RunWriter:
         objects.sync()
         self.disk.put(self.path / head.path, head.encode())
         self.disk.sync([self.path / HEADS, self.path])
-        if first:
-            self.disk.sync(parent for parent in self.path.absolute().parents if _may_hold_new_entries(parent))
         self.disk.publish(self.path / HEAD, head.pointer)
         self.head = head
         self._next_number = head.number + 1

@@ -39,7 +39,7 @@ class Writing:
         return canonical_json({"digest": digest_json(content)} | content) + b"\n"
 
     def begin(self, run: Path, disk: Disk) -> None:
-        """Write the record, durably.
+        """Write the record, durably where `heads/` is.
 
         Raises:
             InputError: a file of that name is there already; or a folder on the way is a symbolic link.
@@ -53,7 +53,7 @@ class Writing:
                     "give the same command again."
                 )
         disk.put(run / self.path, self.encode())
-        disk.sync([run / HEADS, run])
+        disk.sync([run / HEADS])
 
     def end(self, run: Path, disk: Disk) -> None:
         """Remove the record, once a head names the files."""
@@ -70,13 +70,14 @@ def read_writing(run: Path, name: str, disk: Disk) -> Writing | None:
     if match is None:
         return None
     data = disk.read(run / HEADS / name)
+    if not data.endswith(b"\n"):
+        return Writing(int(match[1]), ()) if data[: len(BEGINNING)] == BEGINNING[: len(data)] else None
     try:
         content = json.loads(data)
         record = Writing(content["number"], tuple(content["files"]))
         whole = record.encode() == data and record.path == f"{HEADS}/{name}"
     except (ValueError, KeyError, TypeError):
-        torn = not data.endswith(b"\n") and data[: len(BEGINNING)] == BEGINNING[: len(data)]
-        return Writing(int(match[1]), ()) if torn else None
+        return None
     return record if whole and all(map(WRITTEN.fullmatch, record.files)) else None
 
 

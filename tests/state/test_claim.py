@@ -97,8 +97,11 @@ def test_files_of_someone_else_are_not_taken_for_a_creation_cut_short(tmp_path: 
 
 def test_beside_what_a_creation_left_other_files_are_refused_and_stay(tmp_path: Path, unsynced: None) -> None:
     run = tmp_path / "run"
+    steps = CountingDisk()
+    create_run(tmp_path / "count", driver.RECORD, driver.TOKENS, steps).close()
+    tokens = [path.name for _, path in steps.steps].index("c.0.0")
     with pytest.raises(Crash):
-        create_run(run, driver.RECORD, driver.TOKENS, CrashingDisk(12))
+        create_run(run, driver.RECORD, driver.TOKENS, CrashingDisk(tokens))
     assert (run / "run.json").exists() and not published(run, Disk())
     (run / "calibration.zarr/mine.txt").write_text("mine")
     with pytest.raises(InputError, match=r"holds other files \(calibration\.zarr/mine\.txt\)"):

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from state.check import check_run
 from state.durable import Disk
 from state.errors import OutOfSpace, WriteFailed
 from state.reader import open_run
@@ -33,6 +34,13 @@ def tree(run: Path) -> dict[str, bytes]:
             role = "newest" if group == head.generation else "older"
             files[name.replace(group, role) if group else name] = path.read_bytes()
     return files
+
+
+def nothing_left_over(run: Path) -> bool:
+    """Whether every file is whole and named by a commit: nothing of what was cut short stays behind."""
+    checked = check_run(run, Disk())
+    records = [path for path in (run / "heads").iterdir() if path.suffix in (".writing", ".dropped")]
+    return checked.whole and not checked.foreign and not records
 
 
 def steps_of(run: Path, until: int) -> int:
@@ -65,6 +73,7 @@ def test_crash_at_every_step_of_create_and_the_first_commit(
             driver.drive(run, kind(at), until=1)
         driver.drive(run)
         assert tree(run) == undisturbed, f"crash at step {at}"
+        assert nothing_left_over(run), f"crash at step {at}"
 
 
 def test_crash_at_every_step_of_a_resumed_commit_that_collects_the_first(
@@ -78,6 +87,7 @@ def test_crash_at_every_step_of_a_resumed_commit_that_collects_the_first(
         assert open_run(run).notes == ()
         driver.drive(run)
         assert tree(run) == undisturbed, f"crash at step {at}"
+        assert nothing_left_over(run), f"crash at step {at}"
 
 
 def test_crash_at_every_step_of_recovery(
@@ -92,6 +102,7 @@ def test_crash_at_every_step_of_recovery(
             driver.drive(run, CrashingDisk(at), until=1)
         driver.drive(run)
         assert tree(run) == undisturbed, f"crash at step {at} of recovery"
+        assert nothing_left_over(run), f"crash at step {at} of recovery"
 
 
 def test_a_second_crash_during_the_rerun(tmp_path: Path, undisturbed: dict[str, bytes]) -> None:
@@ -127,6 +138,7 @@ def test_power_cut_at_every_step_loses_nothing_published(
             assert reader.notes == ()
         driver.drive(run)
         assert tree(run) == undisturbed, f"power cut at step {at}"
+        assert nothing_left_over(run), f"power cut at step {at}"
 
 
 def test_what_a_rerun_found_finished_stays_so_after_a_power_cut(tmp_path: Path, unsynced: None) -> None:
