@@ -7,6 +7,7 @@ from contextlib import contextmanager
 import typer
 from pydantic import ValidationError
 
+from pipeline.versions import report
 from state.errors import HoldfastError, InputError, Stopped
 
 UNEXPECTED = 1
@@ -23,8 +24,10 @@ def exit_codes(debug: bool) -> Iterator[None]:
         if debug:
             traceback.print_exc()
         message, code = describe(error)
-        if code == UNEXPECTED and not debug:
-            message += "\nThis is not expected. Run it again with --debug to see where it happened."
+        if code == UNEXPECTED:
+            message += f"\nThis is not expected. What was committed is safe. {report()}"
+            if not debug:
+                message += "\nWith --debug, the same command shows where it happened."
         typer.echo(f"holdfast: {message}", err=True)
         raise typer.Exit(code) from None
 

@@ -5,7 +5,7 @@ names are where transformers keeps the same weights, possibly fused
 (`model.layers.3.mlp.experts.gate_up_proj`). The map runs forward, from hub tensor to parameter, through
 transformers' own conversion rules; a reverse map would have to guess.
 
-`core_model_loading` and `conversion_mapping` are semi-private in transformers; checked against 5.14.
+`core_model_loading` and `conversion_mapping` are semi-private in transformers; docs/versions.md has what ran.
 """
 
 from collections.abc import Iterable

@@ -6,6 +6,7 @@ import pytest
 import typer
 
 from pipeline.outcome import describe, exit_codes
+from pipeline.versions import report
 from stages.settings import ExportSettings
 from state.errors import DamagedStore, IdentityMismatch, InputError, OutOfSpace, RunBusy, Stopped
 
@@ -55,14 +56,23 @@ def test_a_setting_is_named_as_it_is_typed() -> None:
     assert ended.value.exit_code == 2
 
 
-def test_the_unexpected_asks_for_debug(capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_unexpected_names_versions_and_asks_for_debug(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(typer.Exit) as ended, exit_codes(debug=False):
         raise ZeroDivisionError("by zero")
     assert ended.value.exit_code == 1
     assert capsys.readouterr().err == (
         "holdfast: ZeroDivisionError: by zero\n"
-        "This is not expected. Run it again with --debug to see where it happened.\n"
+        f"This is not expected. What was committed is safe. {report()}\n"
+        "With --debug, the same command shows where it happened.\n"
     )
+
+
+def test_the_unexpected_names_versions_with_debug_too(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(typer.Exit), exit_codes(debug=True):
+        raise ZeroDivisionError("by zero")
+    shown = capsys.readouterr().err
+    assert "Traceback" in shown
+    assert shown.endswith(f"{report()}\n")
 
 
 def test_debug_shows_the_traceback(capsys: pytest.CaptureFixture[str]) -> None:

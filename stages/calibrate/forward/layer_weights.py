@@ -1,10 +1,11 @@
 """Weights of a meta-device model, one decoder layer at a time, from the source's safetensors.
 
 The conversion from hub tensors to parameters (fused experts, transposed weights, parameters kept in float32)
-is transformers' own. The functions that do it are semi-private there and called in this module alone; checked
-against transformers 5.14.1.
+is transformers' own. The functions that do it are semi-private there and called in this module alone, by the
+arguments that their signatures name.
 """
 
+import inspect
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -21,6 +22,13 @@ from stages.model.decoder import Decoder, LayerwiseUnsupported
 from stages.model.raw import raw_bytes
 from stages.model.weights import map_tensor
 from state.source import Source
+
+# Some releases of transformers require a plan for tensor parallelism, others have no such argument.
+_NO_TENSOR_PARALLELISM: dict[str, None] = {
+    name: None
+    for name in inspect.signature(convert_and_load_state_dict_in_model).parameters
+    if name == "tp_plan"
+}
 
 OUTSIDE = -1
 Part = int
@@ -132,7 +140,9 @@ class Weights:
         once = {name: _Once(tensor) for name, tensor in tensors.items()}
         tensors.clear()
         with _no_progress_bar():
-            info, _ = convert_and_load_state_dict_in_model(self._model, once, config, tp_plan=None)
+            info, _ = convert_and_load_state_dict_in_model(
+                self._model, once, config, **_NO_TENSOR_PARALLELISM
+            )
         if info.conversion_errors or info.mismatched_keys:
             faults = [*info.conversion_errors, *(str(key) for key, *_ in info.mismatched_keys)]
             raise LayerwiseUnsupported(
