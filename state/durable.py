@@ -5,6 +5,7 @@ One small interface, so that object stores can follow and tests can fail any sin
 
 import errno
 import os
+import re
 import shutil
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
@@ -20,6 +21,7 @@ DEVICE_ERRORS = {
     errno.EIO: "I/O error",
 }
 ACCESS_ERRORS = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.ENAMETOOLONG}
+ACCESS_ERRORS |= {errno.ELOOP, errno.ENOTEMPTY, errno.EBUSY, errno.EXDEV}
 
 Bytes = bytes | bytearray | memoryview
 
@@ -96,6 +98,23 @@ class Disk:
             else:
                 path.unlink(missing_ok=True)
 
+    def make_folder(self, path: Path) -> None:
+        """Make one folder, if it is not there. Its name is durable after `sync` of its parent."""
+        with self._writing(path, 0):
+            self.before("mkdir", path)
+            _make_folder(path)
+
+    def remove_folder(self, path: Path) -> None:
+        """Remove an empty folder, if it is there. Not synced.
+
+        Raises:
+            InputError: it is not empty.
+        """
+        with self._writing(path, 0):
+            self.before("rmdir", path)
+            with suppress(FileNotFoundError):
+                path.rmdir()
+
     def list(self, path: Path) -> list[str]:
         """Names in a folder, sorted; none if it does not exist."""
         try:
@@ -129,9 +148,11 @@ class Disk:
 
         Raises:
             RunBusy: another holder exists.
+            InputError: `path` is a file of somebody else, which the holder's number would overwrite.
         """
         with self._writing(path, 0):
             _make_folder(path.parent)
+            _refuse_other_file(path)
             # A soft lock (a marker file) would outlive a killed holder: a file system without flock is
             # refused.
             lock = FileLock(path, blocking=False, thread_local=False, fallback_to_soft=False)
@@ -152,7 +173,8 @@ class Disk:
             lock.release()
 
     def _write(self, path: Path, data: Bytes, flag: int) -> None:
-        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | flag, 0o666)
+        # Never through a link: it may lead to a file of somebody else.
+        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW | flag, 0o666)
         try:
             view = memoryview(data).cast("B")
             while view:
@@ -185,6 +207,19 @@ def _make_folder(path: Path) -> None:
         path.mkdir(parents=True, exist_ok=True)
     except FileExistsError as error:
         raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR)) from error
+
+
+def _refuse_other_file(lock: Path) -> None:
+    if lock.is_symlink() or (lock.exists() and not re.fullmatch(rb"\d*\n?", _start(lock))):
+        raise InputError(f"{lock} is in the way: it is no lock of Holdfast. Move it away.")
+
+
+def _start(path: Path) -> bytes:
+    """The first bytes of a file; of what is no file, bytes that no lock holds."""
+    if not path.is_file():
+        return b"no file"
+    with path.open("rb") as file:
+        return file.read(32)
 
 
 def _holder(lock: Path) -> str:
