@@ -49,5 +49,7 @@ def _clear(disk: Disk, place: Place, mark: bytes) -> None:
     torn = found is not None and present == [MARK] and mark.startswith(found)
     if not torn and (found != mark or not {MARK, IDENTITY, JOURNAL} >= set(present)):
         raise InputError(f"{place.new} is in the way and not Holdfast's; move it away, or choose another OUT")
-    for name in (JOURNAL, IDENTITY, MARK):
+    for name in (JOURNAL, IDENTITY):
         remove_file(disk, place.new / name)
+    disk.sync([place.new])
+    remove_file(disk, place.new / MARK)

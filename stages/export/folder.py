@@ -156,8 +156,9 @@ class ExportFolder:
                 f"{self.remedy}",
                 [JOURNAL],
             )
+        refuse_obstacles(self.partial, set(self.wanted.files) - journal.keys(), ())
         self.journal = {name: entry for name, entry in journal.items() if self._is_there(entry)}
-        for name in journal.keys() - self.journal.keys():
+        for name in sorted(journal.keys() - self.journal.keys()):
             path = self.partial / name
             if os.path.lexists(path):
                 if not is_ours(self.partial, journal[name]):
@@ -168,7 +169,6 @@ class ExportFolder:
                     )
                 self.disk.delete(path)
             self.progress.note(f"{path} is missing or damaged; it is written again")
-        refuse_obstacles(self.partial, set(self.wanted.files) - self.journal.keys(), ())
 
     def _is_there(self, entry: Written) -> bool:
         """Whether a journaled file is intact: in its place, already in OUT, or still to get its name."""

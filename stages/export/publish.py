@@ -77,8 +77,10 @@ def exchange(
 def remove_partial(disk: Disk, partial: Path, entries: Iterable[Written]) -> None:
     """Remove what is ours in OUT.partial, the mark last: a rerun knows the rest by it. Foreign files stay."""
     remove_owned(disk, partial, [entry for entry in entries if entry.file != IDENTITY])
-    for name in (*WORK_FILES, JOURNAL, IDENTITY, MARK):
+    for name in (*WORK_FILES, JOURNAL, IDENTITY):
         remove_file(disk, partial / name)
+    disk.sync([partial])
+    remove_file(disk, partial / MARK)
     if not disk.list(partial):
         disk.remove_folder(partial)
         disk.sync([partial.parent])

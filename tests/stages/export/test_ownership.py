@@ -117,6 +117,15 @@ class TestInsideOut:
         assert tree(out) == {"thesis.txt": b"dear"}
 
 
+def test_what_is_damaged_and_written_again_is_said(out: Path) -> None:
+    make(out, IDENTITY, Disk(), shards=1)
+    (out.with_name("out.partial") / SHARDS[0]).unlink()
+    lines: list[str] = []
+    with open_folder(out, Wanted(IDENTITY, FILES), Disk(), False, PlainProgress(lines.append)):
+        pass
+    assert any(f"{SHARDS[0]} is missing or damaged; it is written again" in line for line in lines)
+
+
 class TestBesideOut:
     @pytest.mark.parametrize("name", ["out.partial", "out.replaced", ".out.partial"])
     @pytest.mark.parametrize("overwrite", [False, True])
