@@ -9,8 +9,8 @@ from typing import Protocol
 import torch
 
 from stages.model.raw import raw_bytes
-from state.durable import DEVICE_ERRORS, Disk
-from state.errors import DamagedStore, OutOfSpace
+from state.durable import DEVICE_ERRORS, WRITE_ERRORS, Disk
+from state.errors import DamagedStore, OutOfSpace, WriteFailed
 from state.identity import digest
 
 State = dict[str, torch.Tensor]
@@ -127,6 +127,8 @@ class FileBuffer:
             if error.errno in DEVICE_ERRORS:
                 free = shutil.disk_usage(self.path.parent).free
                 raise OutOfSpace(self.path, data.nbytes, free, DEVICE_ERRORS[error.errno]) from error
+            if error.errno in WRITE_ERRORS:
+                raise WriteFailed(self.path, os.strerror(error.errno)) from error
             raise
 
     def read(self, batch: int) -> State:
