@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import xxhash
 from numpy.typing import NDArray
-from pydantic import Field, SerializerFunctionWrapHandler, model_serializer
+from pydantic import Field
 
 from state.durable import Bytes
 from state.errors import Difference, IdentityMismatch
@@ -18,8 +18,6 @@ from state.frozen import Frozen
 
 # Written by the library that saved the config, not part of the model.
 IGNORED_CONFIG = frozenset({"transformers_version", "_name_or_path"})
-
-CAME_LATER = frozenset({"code", "cpu", "libraries"})
 
 
 def digest(data: Bytes) -> str:
@@ -81,17 +79,7 @@ def _escaped(key: str) -> str:
     return "".join("\\" + char if char in ".[\\" else char for char in key)
 
 
-class _WithoutEmpty(Frozen):
-    """Fields that came later are written only where they say something, so that a description which an older
-    Holdfast could have written has the bytes that it would have had.
-    """
-
-    @model_serializer(mode="wrap")
-    def _leave_out(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        return {name: value for name, value in handler(self).items() if value or name not in CAME_LATER}
-
-
-class Identity(_WithoutEmpty):
+class Identity(Frozen):
     """Content of everything that calibration's result depends on.
 
     Attributes:
@@ -100,7 +88,8 @@ class Identity(_WithoutEmpty):
         tokenizer: name of each tokenizer file -> digest.
         tokens: `tokens_digest` of the token matrix.
         statistics: names of the statistics collected, sorted.
-        code: name of each file of Python code that came with the model and was run -> digest.
+        code: name of each file of Python code that came with the model and was run -> digest. Not written
+            where there is none, so that such an identity has the bytes it always had.
     """
 
     tensors: dict[str, str]
@@ -108,7 +97,7 @@ class Identity(_WithoutEmpty):
     tokenizer: dict[str, str]
     tokens: str
     statistics: tuple[str, ...]
-    code: dict[str, str] = Field(default_factory=dict)
+    code: dict[str, str] = Field(default_factory=dict, exclude_if=lambda code: not code)
 
     @property
     def tensors_digest(self) -> str:
@@ -121,11 +110,11 @@ class Identity(_WithoutEmpty):
         return digest_json(self.model_dump(mode="json"))
 
 
-class Environment(_WithoutEmpty):
+class Environment(Frozen):
     """What a forward pass's bits depend on besides its inputs; compared when an unfinished run resumes.
 
     cpu: the instruction sets that kernels are chosen by. libraries: those that round, beside torch. Either is
-    empty where an older Holdfast recorded none.
+    empty, and not written, where an older Holdfast recorded none.
     """
 
     torch: str
@@ -136,8 +125,8 @@ class Environment(_WithoutEmpty):
     dtype: str
     batch: int
     threads: int
-    cpu: str = ""
-    libraries: str = ""
+    cpu: str = Field(default="", exclude_if=lambda cpu: not cpu)
+    libraries: str = Field(default="", exclude_if=lambda libraries: not libraries)
 
 
 def differences(stored: Identity | Environment, current: Identity | Environment) -> list[Difference]:
