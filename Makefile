@@ -33,7 +33,7 @@ PYTHON  ?= $(shell for python in $(NEWEST); do \
 READY   := $(VENV)/.holdfast-ready
 
 .DEFAULT_GOAL := help
-.PHONY: help calibrate export status test test-long lint crash-test bench clean
+.PHONY: help calibrate export status check repair test test-newest test-oldest test-long lint crash-test bench clean
 
 help:  ## this list
 	@echo "Holdfast: crash-safe post-training quantization for Hugging Face models"; echo
@@ -67,11 +67,36 @@ export: $(READY)  ## turn RUN into the checkpoint OUT (nothing given: the demo's
 status: $(READY)  ## how far RUN is, also while it calibrates
 	@$(VENV)/bin/holdfast status "$${run:-runs/demo}" $(args)
 
+check: $(READY)  ## verify every file of RUN
+	@$(VENV)/bin/holdfast check "$${run:-runs/demo}" $(args)
+
+repair: $(READY)  ## mend RUN from what is whole; what is damaged is set aside
+	@$(VENV)/bin/holdfast repair "$${run:-runs/demo}" $(args)
+
 test: $(READY)  ## all tests but the long ones
 	@$(VENV)/bin/python -m pytest $(args)
 
 test-long: $(READY)  ## the long tests alone: the wheel in an environment of its own
-	@$(VENV)/bin/python -m pytest -m long $(ARGS)
+	@$(VENV)/bin/python -m pytest -m long $(args)
+
+test-newest: .venv-newest/.holdfast-ready  ## the tests with the newest libraries that pyproject.toml allows
+	@.venv-newest/bin/python -m pytest $(args)
+
+test-oldest: .venv-oldest/.holdfast-ready  ## the tests with the oldest
+	@.venv-oldest/bin/python -m pytest $(args)
+
+# torch stays at the version of constraints.txt: a newer one, of several GB, would bring CUDA along.
+.venv-newest/.holdfast-ready: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv-newest
+	grep '^torch==' constraints.txt > .venv-newest/constraints.txt
+	.venv-newest/bin/python -m pip install --quiet --upgrade --upgrade-strategy eager \
+	  --constraint .venv-newest/constraints.txt --editable '.[dev]'
+	@touch $@
+
+.venv-oldest/.holdfast-ready: pyproject.toml constraints-oldest.txt
+	$(PYTHON) -m venv .venv-oldest
+	.venv-oldest/bin/python -m pip install --quiet --constraint constraints-oldest.txt --editable '.[dev]'
+	@touch $@
 
 lint: $(READY)  ## ruff and mypy
 	@$(VENV)/bin/ruff check .
@@ -85,7 +110,8 @@ bench: $(READY)  ## speed and memory beside modelopt's (ARGS="--device cuda" on 
 	@$(VENV)/bin/python -m benchmarks.bench $(args)
 
 clean:  ## remove the environment and the demo (runs and exports of your own stay)
-	rm -rf $(VENV) demo runs/demo exports/demo-* build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) .venv-newest .venv-oldest demo runs/demo exports/demo-* build *.egg-info .pytest_cache .mypy_cache \
+	  .ruff_cache .hypothesis
 
 # $(call options,NAMES): the options of those that have a value; $(call needs,NAMES): ends where one has none.
 options = $(foreach name,$(1),$(if $($(name)),--$(name) "$$$(name)"))

@@ -1,9 +1,9 @@
 """All benchmarks in one run: `make bench`, or `make bench ARGS="--device cuda"`.
 
-Prints, each with its ratios: the bare forward, Holdfast's calibration and modelopt's; what a commit of 23,500
-quantizers costs the forward; seconds and peak memory of both exporters and of a plain copy; what collecting
-and solving cost, beside modelopt's AWQ on a GPU; the loss of every solver, where HOLDFAST_SHARED names a
-folder with the trained test model.
+Prints, each with its ratios: how soon an export reaches its first tensor; the bare forward, Holdfast's
+calibration and modelopt's; what a commit of 23,500 quantizers costs the forward; seconds and peak memory of
+both exporters and of a plain copy; what collecting and solving cost, beside modelopt's AWQ on a GPU; the loss
+of every solver, where HOLDFAST_SHARED names a folder with the trained test model.
 """
 
 import argparse
@@ -27,9 +27,10 @@ from benchmarks.quality import measure_quality
 from benchmarks.section import Section
 from benchmarks.solvers import compare_solvers
 from benchmarks.stall import measure_stall
+from benchmarks.start import measure_start
 from stages.calibrate.forward.whole_model import pick_device
 
-PARTS = ("forward", "stall", "export", "solvers", "quality")
+PARTS = ("start", "forward", "stall", "export", "solvers", "quality")
 LARGE = "layers"  # writes a model of 12.6 GB first
 
 
@@ -55,6 +56,10 @@ def main() -> None:
 
 def sections(arguments: argparse.Namespace, scratch: Path, device: torch.device) -> Iterator[Section]:
     """Measure part by part."""
+    if "start" in arguments.parts:
+        yield measure_start(scratch, arguments.repeat)
+    if arguments.parts == ["start"]:
+        return
     subject = for_forward(scratch, device)
     if "forward" in arguments.parts:
         yield compare_forwards(subject, device, arguments.repeat)

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 import typer
 from pydantic import ValidationError
 
+from pipeline.versions import report
 from stages.calibrate.signals import Interrupted
 from state.errors import HoldfastError, InputError, Stopped
 from state.reasons import printable, reason
@@ -27,8 +28,10 @@ def exit_codes(debug: bool) -> Iterator[None]:
         if debug:
             traceback.print_exc()
         message, code = describe(error)
-        if code == UNEXPECTED and not debug:
-            message += "\nThis is not expected. Run it again with --debug to see where it happened."
+        if code == UNEXPECTED:
+            message += f"\nThis is not expected. What was committed is safe. {report()}"
+            if not debug:
+                message += "\nWith --debug, the same command shows where it happened."
         typer.echo(f"holdfast: {printable(message)}", err=True)
         raise typer.Exit(code) from None
 

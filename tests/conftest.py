@@ -1,11 +1,14 @@
-"""What all tests share: no network, and a tiny model to work on."""
+"""What all tests share: no network, Triton's interpreter where there is no GPU, a tiny model to work on."""
 
 import os
 from pathlib import Path
 
 import pytest
+import torch
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before any test imports huggingface_hub
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # before a library imports triton, which has kernels too
 
 
 @pytest.fixture(autouse=True)

@@ -11,6 +11,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("stages.calibrate", "stages.export", "stages.verify"),
     ("stages.recipe", "stages.solve", "stages.engines"),
     ("stages.model", "stages.fold", "stages.formats", "stages.kernels"),
+    ("stages.commands",),
     ("stages.settings", "stages.progress"),
     ("state",),
 )

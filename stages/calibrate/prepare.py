@@ -15,7 +15,7 @@ from stages.calibrate.text.texts import DataUnreachable
 from stages.calibrate.text.tokens import token_matrix
 from stages.model.folder import locate
 from stages.model.plausible import require_possible_counts, require_possible_sizes
-from stages.model.skeleton import Skeleton, load_config, refuse_quantized
+from stages.model.skeleton import Skeleton, load_config, refuse_other_weights, refuse_quantized
 from stages.progress import Progress
 from stages.recipe.quantizer_plan import QuantizerPlan
 from stages.recipe.quantizers import plan_quantizers
@@ -23,7 +23,7 @@ from stages.recipe.recipes import resolve
 from stages.recipe.solvers import Solver, solver_of
 from stages.settings import CalibrateSettings
 from state.errors import HoldfastError, IdentityMismatch, InputError
-from state.identity import Environment, Identity, require_same
+from state.identity import Environment, Identity, require_same, unrecorded
 from state.reader import open_run
 from state.reasons import reason
 from state.source import Source
@@ -48,6 +48,13 @@ class Prepared:
     identity: Identity
     environment: Environment
 
+    @property
+    def circumstances(self) -> dict[str, str | int]:
+        """What hidden states are made from and under, by name."""
+        windows, seq = self.tokens.shape
+        made_from = {"identity": self.identity.digest, "windows": windows, "seq": seq}
+        return made_from | self.environment.model_dump(mode="json")
+
 
 def prepare(settings: CalibrateSettings, writer: RunWriter | None, progress: Progress) -> Prepared:
     """Check everything that can be checked without loading weights, cheapest first."""
@@ -59,6 +66,7 @@ def prepare(settings: CalibrateSettings, writer: RunWriter | None, progress: Pro
     require_possible_counts(folder, source.tensors)
     config = load_config(folder, settings.trust_remote_code)
     refuse_quantized(config, folder)
+    refuse_other_weights(config, folder)
     skeleton = Skeleton(config, source.tensors, settings.trust_remote_code)
     require_possible_sizes(folder, skeleton.model, skeleton.parameter_of, source.tensors)
     quantizers = plan_quantizers(skeleton, recipe)
@@ -69,7 +77,7 @@ def prepare(settings: CalibrateSettings, writer: RunWriter | None, progress: Pro
             weight.refuse(matrix.tensor, matrix.shape(source.tensors))
     tokens = _tokens(settings, folder, writer, progress)
     _refuse_unknown(tokens, skeleton, folder)
-    identity = identify(folder, source, config, tokens, progress)
+    identity = identify(folder, source, config, skeleton, tokens, progress)
     here = environment(skeleton, device, settings.experts, settings.batch)
     if writer is not None:
         require_same(
@@ -130,6 +138,11 @@ def _check_environment(
 ) -> None:
     if writer.head.finished:
         return
+    if unknown := unrecorded(writer.record.environment, here):
+        progress.note(
+            f"{settings.run} was begun by an older Holdfast, which did not record {' and '.join(unknown)}: "
+            "whether they are the same can't be told"
+        )
     try:
         require_same(
             writer.record.environment,

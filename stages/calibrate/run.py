@@ -4,6 +4,7 @@ import time
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from importlib.metadata import version
 
+from stages.calibrate.forward.hidden import discard
 from stages.calibrate.one_pass import Pass, stop_message
 from stages.calibrate.prepare import Prepared, prepare
 from stages.calibrate.schedule.choose import next_schedule
@@ -56,12 +57,19 @@ def _calibrate(settings: CalibrateSettings, progress: Progress, stop: StopReques
         disk.check()
         if isinstance(held, Claim):
             held = stack.enter_context(held.create(_record(settings, work), work.tokens))
+        else:
+            held.restore_tokens(work.tokens)
+        said = len(held.notes)
         _keep_plan(settings, work)
         tokens, did_something = 0, False
         while (schedule := next_schedule(settings, work, held.head)) is not None:
             tokens += Pass(settings, work, held, stop, progress, disk).run(schedule)
             did_something = True
-        disk.delete(settings.run / FOLDER)
+        for note in held.notes[said:]:
+            progress.warn(note)
+        disk.check()
+        if left := discard(settings.run / FOLDER):
+            progress.note(f"{left[0]} was not made by Holdfast and stays where it is")
         if not did_something:
             progress.note(f"{settings.run} is finished; nothing to do")
         return _summary(settings, open_run(settings.run), tokens, started, not did_something)

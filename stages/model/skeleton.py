@@ -5,7 +5,7 @@ names are where transformers keeps the same weights, possibly fused
 (`model.layers.3.mlp.experts.gate_up_proj`). The map runs forward, from hub tensor to parameter, through
 transformers' own conversion rules; a reverse map would have to guess.
 
-`core_model_loading` and `conversion_mapping` are semi-private in transformers; checked against 5.14.
+`core_model_loading` and `conversion_mapping` are semi-private in transformers; docs/versions.md has what ran.
 """
 
 from collections.abc import Iterable
@@ -24,6 +24,7 @@ from stages.model.matrices import StoredMatrix
 from stages.model.plausible import read_config
 from state.errors import InputError
 from state.reasons import reason
+from state.source import weights_file
 
 
 @dataclass(frozen=True)
@@ -85,6 +86,20 @@ def refuse_quantized(config: PretrainedConfig, folder: Path) -> None:
         f"{folder} is already quantized (quantization_config.quant_method is {method!r}); "
         "give the unquantized model it was made from as MODEL"
     )
+
+
+def refuse_other_weights(config: PretrainedConfig, folder: Path) -> None:
+    """Raise InputError where the configuration has transformers take the weights from another file than the
+    one that is read and digested here.
+    """
+    for part in (config, config.get_text_config()):
+        named = getattr(part, "transformers_weights", None)
+        if named not in (None, weights_file(folder)):
+            raise InputError(
+                f"{folder}/config.json takes the weights from {named!r} (transformers_weights), and Holdfast "
+                f"reads {weights_file(folder)}; remove transformers_weights, or give a folder that holds the "
+                "wanted file under that name"
+            )
 
 
 class Skeleton:

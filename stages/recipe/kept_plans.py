@@ -7,7 +7,6 @@ is missing, damaged or of another version is made anew. Not kept are plans for r
 which may draw on other files, and for models that bring code.
 """
 
-import json
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -21,8 +20,8 @@ from stages.recipe.model_plan import ModelPlan, Scales
 from stages.recipe.quantizer_plan import KvFormat, QuantizerPlan
 from stages.recipe.recipes import Recipe, is_shipped
 from state.durable import Disk
-from state.errors import OutOfSpace
-from state.identity import canonical_json, digest, digest_json
+from state.errors import InputError
+from state.identity import digest, digest_json
 from state.source import Source
 
 FOLDER = "plans"
@@ -68,14 +67,16 @@ def kept_plan(run: Path, folder: Path, source: Source, recipe_name: str) -> Mode
 
 
 def keep_plan(run: Path, folder: Path, source: Source, recipe_name: str, plan: ModelPlan) -> None:
-    """Keep a plan beside a run. A run that can't be written to, or a full disk, is left as it is."""
+    """Keep a plan beside a run. A run that can't be written to, a full disk, or a link to elsewhere is left
+    as it is.
+    """
     path = _path(run, folder, source, recipe_name)
-    if path is None or path.is_file():
+    if path is None or path.is_file() or path.parent.is_symlink():
         return
-    content = canonical_json(_to_kept(plan).model_dump(mode="json"))
+    content = _to_kept(plan).model_dump_json().encode()  # in the plan's own order, which reports follow
     try:
         Disk().publish(path, digest(content).encode() + b"\n" + content)
-    except (OSError, OutOfSpace):
+    except (OSError, InputError):
         return
 
 
@@ -98,7 +99,7 @@ def _to_kept(plan: ModelPlan) -> _Kept:
     if plan.matrices != {module: StoredMatrix(tensor) for module, tensor in matrices.items()}:
         raise NotImplementedError("only matrices that are tensors of their own are kept")
     return _Kept(
-        recipe=json.loads(canonical_json(quantizers.recipe.as_json())),
+        recipe=quantizers.recipe.as_json(),
         weights={module: (weight.name, weight.block_size) for module, weight in quantizers.weights.items()},
         matrices=matrices,
         inputs=quantizers.inputs,

@@ -7,6 +7,7 @@ import typer
 
 from pipeline.outcome import describe, exit_codes
 from pipeline.progress import reporting
+from pipeline.versions import report
 from stages.calibrate.signals import Interrupted
 from stages.settings import ExportSettings
 from state.errors import DamagedStore, IdentityMismatch, InputError, OutOfSpace, RunBusy, Stopped
@@ -69,13 +70,14 @@ def test_a_setting_is_named_as_it_is_typed() -> None:
     assert ended.value.exit_code == 2
 
 
-def test_the_unexpected_asks_for_debug(capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_unexpected_names_versions_and_asks_for_debug(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(typer.Exit) as ended, exit_codes(debug=False):
         raise ZeroDivisionError("by zero")
     assert ended.value.exit_code == 1
     assert capsys.readouterr().err == (
         "holdfast: ZeroDivisionError: by zero\n"
-        "This is not expected. Run it again with --debug to see where it happened.\n"
+        f"This is not expected. What was committed is safe. {report()}\n"
+        "With --debug, the same command shows where it happened.\n"
     )
 
 
@@ -92,6 +94,14 @@ def test_an_error_without_a_file_says_what_was_being_done(capsys: pytest.Capture
     assert capsys.readouterr().err.splitlines()[-1] == (
         "holdfast: Stale file handle (ESTALE) while reading the weights' identity"
     )
+
+
+def test_the_unexpected_names_versions_with_debug_too(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(typer.Exit), exit_codes(debug=True):
+        raise ZeroDivisionError("by zero")
+    shown = capsys.readouterr().err
+    assert "Traceback" in shown
+    assert shown.endswith(f"{report()}\n")
 
 
 def test_debug_shows_the_traceback(capsys: pytest.CaptureFixture[str]) -> None:

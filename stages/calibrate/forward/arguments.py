@@ -130,6 +130,12 @@ class _Extra:
     place: int
 
 
+def _whole(hidden: torch.Tensor, handed: torch.Tensor) -> bool:
+    """Whether a hidden state is the very one that a layer handed on, or a view of it that leaves nothing out:
+    Gemma 4 slices it to the tokens whose logits are asked for, which may be all."""
+    return hidden is handed or (hidden._base is handed and hidden.is_set_to(handed))
+
+
 class _NotReplayable(Exception):
     """An argument that a replay can't give; says why."""
 
@@ -178,7 +184,7 @@ class _StandIns:
             raise LayerwiseUnsupported(f"{self.decoder.name(index)} is not called with a hidden state first")
         if index == 0:
             self.handed.append(hidden)
-        elif hidden is not self.handed[-1] or hidden._version != self.version:
+        elif not _whole(hidden, self.handed[-1]) or hidden._version != self.version:
             raise LayerwiseUnsupported(
                 f"{self.decoder.model_name} changes the hidden state "
                 f"between {self.decoder.name(index - 1)} and {self.decoder.name(index)}"

@@ -1,11 +1,11 @@
 """Weights of a meta-device model, one decoder layer at a time, from the source's safetensors.
 
 The conversion from hub tensors to parameters (fused experts, transposed weights, parameters kept in float32)
-is transformers' own. The functions that do it are semi-private there and called in this module alone; checked
-against transformers 5.14.1.
+is transformers' own. The functions that do it are semi-private there and called in this module alone, by the
+arguments that their signatures name.
 """
 
-import mmap
+import inspect
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -19,8 +19,16 @@ from transformers.modeling_utils import LoadStateDictConfig
 from transformers.utils import logging as transformers_logging
 
 from stages.model.decoder import Decoder, LayerwiseUnsupported
+from stages.model.raw import raw_bytes
 from stages.model.weights import map_tensor
 from state.source import Source
+
+# Some releases of transformers require a plan for tensor parallelism, others have no such argument.
+_NO_TENSOR_PARALLELISM: dict[str, None] = {
+    name: None
+    for name in inspect.signature(convert_and_load_state_dict_in_model).parameters
+    if name == "tp_plan"
+}
 
 OUTSIDE = -1
 Part = int
@@ -86,13 +94,14 @@ class Weights:
 
         On a GPU they are copies there, complete. In host memory they are private mappings of the checkpoint,
         so that weights which need no conversion take no memory that can't be reclaimed.
+
+        Raises:
+            IdentityMismatch: one is not what was digested, where it was (see `Source.digests`).
         """
         if not self.absent(part):
             return {}
         with torch.cuda.stream(self._copies):
-            tensors = {
-                name: self._fetch(map_tensor(self._source, name)) for name in self._in_file_order(part)
-            }
+            tensors = {name: self._fetch(name) for name in self._in_file_order(part)}
         if self._copies is not None:
             self._copies.synchronize()
         return tensors
@@ -101,12 +110,13 @@ class Weights:
         entries = [self._source.tensors[name] for name in self._tensors[part]]
         return [entry.name for entry in sorted(entries, key=lambda entry: (entry.file, entry.start))]
 
-    def _fetch(self, mapped: torch.Tensor) -> torch.Tensor:
-        if self._copies is None:
-            # Touching each page has the disk waited for in this thread and not in the forward.
-            mapped.reshape(-1).view(torch.uint8)[:: mmap.PAGESIZE].sum()
-            return mapped
-        return torch.empty_like(mapped, pin_memory=True).copy_(mapped).to(self._device, non_blocking=True)
+    def _fetch(self, name: str) -> torch.Tensor:
+        held = map_tensor(self._source, name)
+        if self._copies is not None:
+            held = torch.empty_like(held, pin_memory=True).copy_(held)
+        # Reading each byte here has the disk waited for in this thread and not in the forward.
+        self._source.require_digested(name, raw_bytes(held))
+        return held if self._copies is None else held.to(self._device, non_blocking=True)
 
     def load(self, part: Part, tensors: dict[str, torch.Tensor]) -> None:
         """Give the part its weights from what `read` returned, which is emptied. One that is loaded stays so.
@@ -130,7 +140,9 @@ class Weights:
         once = {name: _Once(tensor) for name, tensor in tensors.items()}
         tensors.clear()
         with _no_progress_bar():
-            info, _ = convert_and_load_state_dict_in_model(self._model, once, config, tp_plan=None)
+            info, _ = convert_and_load_state_dict_in_model(
+                self._model, once, config, **_NO_TENSOR_PARALLELISM
+            )
         if info.conversion_errors or info.mismatched_keys:
             faults = [*info.conversion_errors, *(str(key) for key, *_ in info.mismatched_keys)]
             raise LayerwiseUnsupported(

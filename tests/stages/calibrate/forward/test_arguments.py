@@ -137,6 +137,31 @@ def test_the_embedding_may_go_to_every_layer():
     assert torch.equal(call.leaves[0], decoder.model.embed(TOKENS))
 
 
+def slices_to_all_tokens(model, hidden):
+    for layer in model.layers:
+        hidden = layer(hidden[:, -0:, :])
+    return hidden
+
+
+def test_a_slice_of_all_tokens_is_the_hidden_state():
+    decoder = decoder_of(slices_to_all_tokens)
+    check(decoder)
+    assert capture_arguments(decoder, TOKENS, 0).calls[1].template == ((Hidden(),), {})
+
+
+def leaves_the_first_token_out(model, hidden):
+    for layer in model.layers:
+        hidden = layer(hidden[:, 1:, :])
+    return hidden
+
+
+def adds_to_a_slice_in_place(model, hidden):
+    for layer in model.layers:
+        hidden = layer(hidden)[:, -0:, :]
+        hidden += 1
+    return hidden
+
+
 def adds_between_layers(model, hidden):
     for layer in model.layers:
         hidden = layer(hidden) + 1
@@ -186,6 +211,8 @@ def passes_an_object(model, hidden):
     [
         (adds_between_layers, r"changes the hidden state between layers\.0 and layers\.1"),
         (adds_in_place_between_layers, r"changes the hidden state between layers\.0 and layers\.1"),
+        (leaves_the_first_token_out, r"changes the hidden state between layers\.0 and layers\.1"),
+        (adds_to_a_slice_in_place, r"changes the hidden state between layers\.0 and layers\.1"),
         (computes_an_argument_from_a_hidden_state, r"computes arguments of layers\.1 from hidden states"),
         (passes_on_an_earlier_output, r"argument skip of layers\.2 is an earlier layer's output"),
         (calls_in_reverse, r"layers\.2 is called when layers\.0 should be"),
