@@ -55,11 +55,8 @@ class Pass:
             self.writer, lambda head, seconds: self.progress.committed(head.number, seconds)
         )
         self.stop.check()
-        with (
-            self.stop.waiting(lambda: background.busy),
-            schedule,  # left last: what it clears away is needed until the last commit is whole
-            background,
-        ):
+        # The schedule is left last: what it clears away is needed until the last commit is whole.
+        with schedule, self.stop.waiting(lambda: background.busy), background:
             self.progress.start("calibrating", schedule.total(), "batches", schedule.done(cursor))
             last = time.monotonic()
             for step in schedule.steps(cursor):

@@ -81,6 +81,14 @@ def test_the_unexpected_names_versions_and_asks_for_debug(capsys: pytest.Capture
     )
 
 
+def test_the_unexpected_names_versions_with_debug_too(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(typer.Exit), exit_codes(debug=True):
+        raise ZeroDivisionError("by zero")
+    shown = capsys.readouterr().err
+    assert "Traceback" in shown
+    assert shown.endswith(f"{report()}\n")
+
+
 def test_what_a_terminal_would_obey_is_written_out(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(typer.Exit), exit_codes(debug=False):
         raise InputError("\x1b[2Jbad\x00 \udcff\nand more")
@@ -94,14 +102,6 @@ def test_an_error_without_a_file_says_what_was_being_done(capsys: pytest.Capture
     assert capsys.readouterr().err.splitlines()[-1] == (
         "holdfast: Stale file handle (ESTALE) while reading the weights' identity"
     )
-
-
-def test_the_unexpected_names_versions_with_debug_too(capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(typer.Exit), exit_codes(debug=True):
-        raise ZeroDivisionError("by zero")
-    shown = capsys.readouterr().err
-    assert "Traceback" in shown
-    assert shown.endswith(f"{report()}\n")
 
 
 def test_debug_shows_the_traceback(capsys: pytest.CaptureFixture[str]) -> None:
