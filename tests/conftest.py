@@ -1,6 +1,7 @@
 """What all tests share: no network, Triton's interpreter where there is no GPU, a tiny model to work on."""
 
 import os
+import signal
 from pathlib import Path
 
 import pytest
@@ -34,3 +35,8 @@ def demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("demo")
     make_demo(folder)
     return folder
+
+
+# A test run in the background of a script inherits SIGINT as ignored, which commands honour and tests send.
+signal.signal(signal.SIGINT, signal.default_int_handler)
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
