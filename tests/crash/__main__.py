@@ -14,18 +14,17 @@ import shutil
 import sys
 import tempfile
 import time
-from functools import partial
 from pathlib import Path
 
-from tests.crash.commands import SCENARIOS, Scenario
-from tests.crash.pool import results
-from tests.crash.prepare import Prepared, prepare
-from tests.crash.report import Part, said, table, write_json
-from tests.crash.sample import Planned, distinct, everything, possible, shard, stratified
-from tests.crash.trial import run_trial
+from tests.crash.commands import SCENARIOS
+from tests.crash.damage import STATES
+from tests.crash.parts import DAMAGE_STATES, damages, operations
+from tests.crash.prepare import prepare
+from tests.crash.report import table, write_json
 from tests.crash.world import files_of
 
 MEMORY = Path("/dev/shm")
+PARTS = {"operations": operations, "damage": damages}
 
 
 def main() -> int:
@@ -35,9 +34,12 @@ def main() -> int:
     where = MEMORY if MEMORY.is_dir() and os.access(MEMORY, os.W_OK) else None
     folder = Path(tempfile.mkdtemp(prefix="holdfast-crash-", dir=where))
     until = time.monotonic() + given.minutes * 60
-    prepared = prepare(folder / "lab", given.scenarios)
+    scenarios = list(given.scenarios if "operations" in given.parts else [])
+    states = list(DAMAGE_STATES if "damage" in given.parts else [])
+    scenarios += [state.scenario for state in STATES] if "damage" in given.parts else []
+    prepared = prepare(folder / "lab", list(dict.fromkeys(scenarios)), states)
     source = files_of(prepared.laboratory.source)
-    parts = [disturb(prepared, given, until)]
+    parts = [PARTS[name](prepared, given, until) for name in given.parts]
     if files_of(prepared.laboratory.source) != source:
         parts[0].results.append(touched_source())
     print(table(parts))
@@ -65,56 +67,12 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=random.randrange(2**32), help="repeats the trials")
     parser.add_argument("--json", type=Path, help="write all results here")
     parser.add_argument("--scenario", action="append", dest="scenarios", choices=names, help="only these")
+    parser.add_argument("--part", action="append", dest="parts", choices=list(PARTS), help="only these")
     parser.add_argument("--only", default="", help="only strata that contain this text")
     given = parser.parse_args()
     given.scenarios = given.scenarios or names
+    given.parts = given.parts or list(PARTS)
     return given
-
-
-def disturb(prepared: Prepared, given: argparse.Namespace, until: float) -> Part:
-    """The trials of the interposer."""
-    strata = {
-        scenario: {stratum: count for stratum, count in found.items() if given.only in stratum}
-        for scenario, found in prepared.strata.items()
-    }
-    drawn = everything(strata, given.seed, given.more) if given.full else stratified(strata, given.seed)
-    number, _, of = given.shard.partition("/")
-    planned = shard(drawn, int(number), int(of))[: given.trials]
-    part = Part("file operations", possible(strata))
-    kinds = {scenario.name: scenario for scenario in SCENARIOS}
-    print(
-        f"{possible(strata):,} trials are possible, {distinct(strata):,} of them of different kinds; "
-        f"{len(planned):,} are planned",
-        flush=True,
-    )
-    trials = prepared.laboratory.folder / "trials"
-    pieces = [
-        partial(one, prepared, kinds[plan.scenario], plan, trials / str(number))
-        for number, plan in enumerate(planned)
-    ]
-    for done, (number, result) in enumerate(results(pieces, trials, given.jobs, until), 1):
-        plan = planned[number]
-        if "failed" in result:
-            result = {
-                "scenario": plan.scenario,
-                "fault": plan.fault.kind,
-                "stratum": plan.fault.stratum,
-                "number": plan.fault.number,
-                "code": None,
-                "verdict": "the laboratory failed",
-                "reason": result["failed"],
-            }
-        part.results.append(result)
-        if part.wrong and part.wrong[-1] is result:
-            print(f"{said(result)} [{trials / str(number)}]", flush=True)
-        if done % 100 == 0:
-            print(f"{done:,}/{len(planned):,} trials, {len(part.wrong)} wrong", flush=True)
-    return part
-
-
-def one(prepared: Prepared, scenario: Scenario, plan: Planned, trial: Path) -> dict[str, object]:
-    """One trial, as JSON."""
-    return run_trial(prepared.laboratory, scenario, plan.fault, trial).as_json()
 
 
 def touched_source() -> dict[str, object]:

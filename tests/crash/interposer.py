@@ -170,7 +170,13 @@ class Interposer:
             operation = self._opening(where, changes, bool(flags & os.O_CREAT), bool(flags & os.O_TRUNC))
             return self.pass_through(operation, where, lambda: real["open"](path, flags, mode, dir_fd=dir_fd))
 
-        names = {"unlink": "unlink", "remove": "unlink", "rmdir": "rmdir", "mkdir": "mkdir", "listdir": "list"}
+        names = {
+            "unlink": "unlink",
+            "remove": "unlink",
+            "rmdir": "rmdir",
+            "mkdir": "mkdir",
+            "listdir": "list",
+        }
         names |= {"scandir": "list", "stat": "stat", "truncate": "write", "ftruncate": "write"}
         names |= {"read": "read", "pread": "read", "preadv": "read", "readv": "read"}
         wrapped: dict[str, Callable[..., Any]] = {name: simple(op, name) for name, op in names.items()}
@@ -246,9 +252,7 @@ class WatchedFile(io.FileIO):
     def read(self, size: int | None = -1) -> bytes | None:
         if size is None or size < 0:
             return self.readall()
-        return self._interposer.pass_through(
-            "read", self._where, lambda: super(WatchedFile, self).read(size)
-        )
+        return self._interposer.pass_through("read", self._where, lambda: super(WatchedFile, self).read(size))
 
 
 def _phase(frame: Any) -> str:

@@ -27,8 +27,9 @@ class Prepared:
     strata: dict[str, dict[str, int]]
 
 
-def prepare(folder: Path, wanted: Sequence[str]) -> Prepared:
-    """Make a laboratory in a new folder for the scenarios that are wanted, by name.
+def prepare(folder: Path, wanted: Sequence[str], states: Sequence[str] = ()) -> Prepared:
+    """Make a laboratory in a new folder for the scenarios that are wanted, by name, with their templates and
+    those named in `states`.
 
     Raises:
         RuntimeError: a command failed that nothing disturbed.
@@ -41,29 +42,34 @@ def prepare(folder: Path, wanted: Sequence[str]) -> Prepared:
     server.import_all(lambda: undisturbed(laboratory, first, folder / "first" / "world", None), folder)
     shutil.rmtree(folder / "first")
     strata: dict[str, dict[str, int]] = {}
-    for scenario in needed(wanted):
-        if scenario.template is not None and not (folder / "templates" / scenario.template).exists():
-            _make_template(laboratory, scenario, strata)
-        if scenario.name not in laboratory.ends:
-            strata[scenario.name] = _finish(laboratory, scenario)
+    for scenario in needed([*wanted, *(_maker(state) for state in states)]):
+        if scenario.template is not None:
+            _make_template(laboratory, scenario.template, strata)
+        strata[scenario.name] = _finish(laboratory, scenario)
+    for state in states:
+        _make_template(laboratory, state, strata)
     return Prepared(laboratory, {name: strata[name] for name in wanted})
 
 
 def needed(wanted: Sequence[str]) -> list[Scenario]:
     """The scenarios wanted, and before each those whose ends they begin from."""
     by_name = {scenario.name: scenario for scenario in SCENARIOS}
-    halfway = {one.name: one.scenario for one in HALFWAY}
     found: dict[str, Scenario] = {}
 
     def add(name: str) -> None:
         scenario = by_name[name]
         if scenario.template is not None:
-            add(halfway.get(scenario.template, scenario.template))
+            add(_maker(scenario.template))
         found.setdefault(name, scenario)
 
     for name in wanted:
         add(name)
     return list(found.values())
+
+
+def _maker(state: str) -> str:
+    """The scenario that a state comes from."""
+    return {one.name: one.scenario for one in HALFWAY}.get(state, state)
 
 
 def _finish(laboratory: Laboratory, scenario: Scenario) -> dict[str, int]:
@@ -86,16 +92,17 @@ def _finish(laboratory: Laboratory, scenario: Scenario) -> dict[str, int]:
     return found
 
 
-def _make_template(laboratory: Laboratory, scenario: Scenario, strata: dict[str, dict[str, int]]) -> None:
-    """The state that a scenario begins from: the end of another, or that one killed on its way, and a
-    person's files in it."""
-    assert scenario.template is not None
-    target = laboratory.folder / "templates" / scenario.template
+def _make_template(laboratory: Laboratory, state: str, strata: dict[str, dict[str, int]]) -> None:
+    """A state to begin from: the end of a scenario, or that one killed on its way, and a person's files in
+    it."""
+    target = laboratory.folder / "templates" / state
+    if target.exists():
+        return
     halfway = {one.name: one for one in HALFWAY}
-    if scenario.template in halfway:
-        _kill_halfway(laboratory, halfway[scenario.template], target, strata)
+    if state in halfway:
+        _kill_halfway(laboratory, halfway[state], target, strata)
     else:
-        shutil.copytree(laboratory.folder / "ends" / scenario.template, target)
+        shutil.copytree(laboratory.folder / "ends" / state, target)
     if (target / "run" / "HEAD").exists():
         put_files(target / "run", IN_RUN)
     if (target / "out").is_dir():

@@ -9,8 +9,6 @@ from typing import Any
 
 from tests.crash.verdict import GOOD
 
-WORDS = ("identical", "refused by name", "missed")
-
 
 @dataclass
 class Part:
@@ -32,7 +30,12 @@ class Part:
     @property
     def wrong(self) -> list[dict[str, Any]]:
         """Those that must not be."""
-        return [result for result in self.results if result["verdict"] not in (*GOOD, "missed")]
+        return [result for result in self.results if self.is_wrong(result)]
+
+    @staticmethod
+    def is_wrong(result: dict[str, Any]) -> bool:
+        """Whether a result must not be."""
+        return result["verdict"] not in (*GOOD, "missed")
 
 
 def table(parts: Sequence[Part]) -> str:
@@ -94,4 +97,6 @@ def _by_fault(results: list[dict[str, Any]]) -> list[tuple[str, list[dict[str, A
 
 
 def _row(name: str, *cells: object) -> str:
-    return f"{name:<28}" + "".join(f"{cell:>11,}" if isinstance(cell, int) else f"{cell:>11}" for cell in cells)
+    return f"{name:<28}" + "".join(
+        f"{cell:>11,}" if isinstance(cell, int) else f"{cell:>11}" for cell in cells
+    )

@@ -1,8 +1,8 @@
 """The world of a trial: a model small enough to be measured in a second, a text, and files of a person's own.
 
-    LAB/source/                 model and text, read by all trials and changed by none
-    LAB/templates/NAME/         states that commands begin from, made once
-    LAB/trials/NUMBER/          one trial: `run`, `out`, and what a person keeps beside and inside them
+LAB/source/                 model and text, read by all trials and changed by none
+LAB/templates/NAME/         states that commands begin from, made once
+LAB/trials/NUMBER/          one trial: `run`, `out`, and what a person keeps beside and inside them
 """
 
 import hashlib
@@ -85,6 +85,4 @@ def files_of(folder: Path) -> dict[str, bytes]:
 
 def mine(trial: Path) -> dict[str, str]:
     """Digests of all that is a person's own in a trial, and of nothing else."""
-    return {
-        name: hashlib.sha256(data).hexdigest() for name, data in files_of(trial).items() if MINE in name
-    }
+    return {name: hashlib.sha256(data).hexdigest() for name, data in files_of(trial).items() if MINE in name}

@@ -1,0 +1,90 @@
+"""The parts of the laboratory, each a list of trials that the pool makes."""
+
+import argparse
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from tests.crash.commands import SCENARIOS
+from tests.crash.damage import STATES, all_damages, try_damage
+from tests.crash.pool import Piece, results
+from tests.crash.prepare import Prepared
+from tests.crash.report import Part, said
+from tests.crash.sample import Planned, distinct, everything, possible, shard, stratified
+from tests.crash.trial import run_trial
+
+TELL_EVERY = 100
+
+
+def operations(prepared: Prepared, given: argparse.Namespace, until: float) -> Part:
+    """Faults at the operations of the commands."""
+    strata = {
+        scenario: {stratum: count for stratum, count in found.items() if given.only in stratum}
+        for scenario, found in prepared.strata.items()
+        if scenario in given.scenarios
+    }
+    drawn = everything(strata, given.seed, given.more) if given.full else stratified(strata, given.seed)
+    planned = _share(drawn, given)
+    print(f"{distinct(strata):,} of the trials that are possible are of different kinds", flush=True)
+    trials = prepared.laboratory.folder / "operations"
+    pieces = [
+        partial(_operation, prepared, plan, trials / str(number)) for number, plan in enumerate(planned)
+    ]
+    part = Part("file operations", possible(strata))
+    return gather(part, pieces, [_of(plan) for plan in planned], trials, given.jobs, until)
+
+
+def damages(prepared: Prepared, given: argparse.Namespace, until: float) -> Part:
+    """Damage to every kind of file."""
+    drawn = [one for one in all_damages(prepared.laboratory, given.seed) if given.only in one.path]
+    planned = _share(drawn, given)
+    trials = prepared.laboratory.folder / "damages"
+    pieces = [
+        partial(_damage, prepared, damaged, trials / str(number)) for number, damaged in enumerate(planned)
+    ]
+    facts = [_facts(one.state.name, one.spoil, one.path, one.seed) for one in planned]
+    return gather(Part("damage", len(drawn)), pieces, facts, trials, given.jobs, until)
+
+
+DAMAGE_STATES = tuple(dict.fromkeys(name for state in STATES for name in (state.template, state.other)))
+
+
+def gather(
+    part: Part, pieces: list[Piece], facts: list[dict[str, Any]], trials: Path, jobs: int, until: float
+) -> Part:
+    """Let the pool make all trials, telling of what goes wrong as it comes.
+
+    facts: what a result says of each trial where the laboratory itself failed.
+    """
+    print(f"{part.name}: {part.possible:,} trials are possible, {len(pieces):,} are planned", flush=True)
+    for done, (number, result) in enumerate(results(pieces, trials, jobs, until), 1):
+        if "failed" in result:
+            result = facts[number] | {"verdict": "the laboratory failed", "reason": result["failed"]}
+        part.results.append(result)
+        if part.is_wrong(result):
+            print(f"{said(result)} [{trials / str(number)}]", flush=True)
+        if done % TELL_EVERY == 0:
+            print(f"{part.name}: {done:,}/{len(pieces):,}, {len(part.wrong)} wrong", flush=True)
+    return part
+
+
+def _share(drawn: list[Any], given: argparse.Namespace) -> list[Any]:
+    number, _, of = given.shard.partition("/")
+    return shard(drawn, int(number), int(of))[: given.trials]
+
+
+def _operation(prepared: Prepared, plan: Planned, trial: Path) -> dict[str, Any]:
+    scenario = next(scenario for scenario in SCENARIOS if scenario.name == plan.scenario)
+    return run_trial(prepared.laboratory, scenario, plan.fault, trial).as_json()
+
+
+def _damage(prepared: Prepared, damaged: Any, trial: Path) -> dict[str, Any]:
+    return try_damage(prepared.laboratory, damaged, trial).as_json()
+
+
+def _of(plan: Planned) -> dict[str, Any]:
+    return _facts(plan.scenario, plan.fault.kind, plan.fault.stratum, plan.fault.number)
+
+
+def _facts(scenario: str, fault: str, stratum: str, number: int) -> dict[str, Any]:
+    return {"scenario": scenario, "fault": fault, "stratum": stratum, "number": number, "code": None}
