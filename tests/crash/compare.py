@@ -40,7 +40,8 @@ def run_content(trial: Path) -> Content | None:
     head = newest_head(run)
     if head is None:
         return None
-    older = [json.loads(path.read_bytes()) for path in run.glob("heads/*.json") if path.stat().st_size]
+    numbered = [path for path in run.glob("heads/*.json") if path.stem.isdigit()]
+    older = [json.loads(path.read_bytes()) for path in numbered]
     named = {path for one in (head, *older) for path in one["objects"]}
     files = {name: _digest(data) for name, data in files_of(run).items() if name in head["objects"]}
     generation = f"/{head['generation']}/"

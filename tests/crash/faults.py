@@ -16,7 +16,7 @@ ALLOCATES = frozenset({"create", "write", "mkdir", "rename", "sync"})
 """Operations that want space."""
 
 FATAL = ("kill before", "kill after", "tear")
-CUTS = ("power cut", "power cut, some kept")
+CUTS = ("power cut", "power cut, names kept")
 ERRORS = ("ENOSPC", "EIO once", "EIO for good", "EROFS")
 
 

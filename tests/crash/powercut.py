@@ -41,29 +41,40 @@ class Durable:
             self._sync_folder(path)
 
     def cut(self, seed: int | None) -> None:
-        """Turn the folder into what a cut leaves: nothing that was not synced, or, with a seed, each such
-        change by chance."""
-        chance = random.Random(seed)
-        seen = _files(self._root)
-        durable: dict[str, bytes | None] = {}
-        self._walk("", self._number(os.lstat(self._root)), durable)
+        """Turn the folder into what a cut leaves: nothing that was not synced.
+
+        With a seed, all names are kept, as a journal of names alone keeps them, and of bytes that were not
+        synced none, half or all, by chance.
+        """
+        left: dict[str, bytes | None] = {}
+        if seed is None:
+            self._walk("", self._number(os.lstat(self._root)), left)
+        else:
+            chance = random.Random(seed)
+            for name, data in sorted(_files(self._root).items()):
+                left[name] = None if data is None else self._partly(self._root / name, data, chance)
         for name in os.listdir(self._root):
             path = self._root / name
             if path.is_dir() and not path.is_symlink():
                 shutil.rmtree(path)
             else:
                 path.unlink()
-        for name in sorted(durable.keys() | seen.keys()):
-            survives = seed is not None and chance.random() < 0.5
-            source = seen if survives else durable
-            if name not in source:
-                continue
-            path, data = self._root / name, source[name]
+        for name, data in left.items():
+            path = self._root / name
             if data is None:
                 path.mkdir(parents=True, exist_ok=True)
             else:
                 path.parent.mkdir(parents=True, exist_ok=True)
                 path.write_bytes(data)
+
+    def _partly(self, path: Path, data: bytes, chance: random.Random) -> bytes:
+        """What is left of a file whose name is."""
+        durable = self._data.get(self._number(os.lstat(path)), b"")
+        if durable == data:
+            return data
+        new = data.removeprefix(durable)
+        base = durable if data.startswith(durable) else b""
+        return base + new[: chance.choice((0, len(new) // 2, len(new)))]
 
     def _sync_tree(self, folder: Path) -> None:
         self._sync_folder(folder)

@@ -1,4 +1,4 @@
-"""What kind of operation one is: many differ in a number alone, and one of each kind stands for the others."""
+"""What kind of operation one is: many differ in a number alone; one of each kind stands for the others."""
 
 import re
 from collections import Counter
