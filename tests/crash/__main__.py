@@ -14,17 +14,24 @@ import shutil
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
+from tests.crash import damage, twice
 from tests.crash.commands import SCENARIOS
-from tests.crash.damage import STATES
-from tests.crash.parts import DAMAGE_STATES, damages, operations
+from tests.crash.parts import DAMAGE_STATES, damages, operations, situations
 from tests.crash.prepare import prepare
 from tests.crash.report import table, write_json
 from tests.crash.world import files_of
 
 MEMORY = Path("/dev/shm")
-PARTS = {"operations": operations, "damage": damages}
+PARTS = {"operations": operations, "damage": damages, "twice": situations}
+NEEDS: dict[str, tuple[Sequence[str], Sequence[str]]] = {
+    "operations": ((), ()),
+    "damage": ([state.scenario for state in damage.STATES], DAMAGE_STATES),
+    "twice": (twice.NEEDS, twice.STATES),
+}
+"""For each part the scenarios whose ends it compares with, and the states it begins from."""
 
 
 def main() -> int:
@@ -34,10 +41,10 @@ def main() -> int:
     where = MEMORY if MEMORY.is_dir() and os.access(MEMORY, os.W_OK) else None
     folder = Path(tempfile.mkdtemp(prefix="holdfast-crash-", dir=where))
     until = time.monotonic() + given.minutes * 60
-    scenarios = list(given.scenarios if "operations" in given.parts else [])
-    states = list(DAMAGE_STATES if "damage" in given.parts else [])
-    scenarios += [state.scenario for state in STATES] if "damage" in given.parts else []
-    prepared = prepare(folder / "lab", list(dict.fromkeys(scenarios)), states)
+    scenarios = given.scenarios if "operations" in given.parts else []
+    scenarios = [*scenarios, *(name for part in given.parts for name in NEEDS[part][0])]
+    states = [name for part in given.parts for name in NEEDS[part][1]]
+    prepared = prepare(folder / "lab", list(dict.fromkeys(scenarios)), list(dict.fromkeys(states)))
     source = files_of(prepared.laboratory.source)
     parts = [PARTS[name](prepared, given, until) for name in given.parts]
     if files_of(prepared.laboratory.source) != source:

@@ -12,6 +12,7 @@ from tests.crash.prepare import Prepared
 from tests.crash.report import Part, said
 from tests.crash.sample import Planned, distinct, everything, possible, shard, stratified
 from tests.crash.trial import run_trial
+from tests.crash.twice import SITUATIONS, try_situation
 
 TELL_EVERY = 100
 
@@ -44,6 +45,16 @@ def damages(prepared: Prepared, given: argparse.Namespace, until: float) -> Part
     ]
     facts = [_facts(one.state.name, one.spoil, one.path, one.seed) for one in planned]
     return gather(Part("damage", len(drawn)), pieces, facts, trials, given.jobs, until)
+
+
+def situations(prepared: Prepared, given: argparse.Namespace, until: float) -> Part:
+    """Two of everything."""
+    drawn = [one for one in SITUATIONS if given.only in one.__name__]
+    planned = _share(drawn, given)
+    trials = prepared.laboratory.folder / "situations"
+    pieces = [partial(_situation, prepared, one, trials / str(number)) for number, one in enumerate(planned)]
+    facts = [_facts("two of everything", one.__name__, one.__name__, 0) for one in planned]
+    return gather(Part("two of everything", len(drawn)), pieces, facts, trials, given.jobs, until)
 
 
 DAMAGE_STATES = tuple(dict.fromkeys(name for state in STATES for name in (state.template, state.other)))
@@ -80,6 +91,10 @@ def _operation(prepared: Prepared, plan: Planned, trial: Path) -> dict[str, Any]
 
 def _damage(prepared: Prepared, damaged: Any, trial: Path) -> dict[str, Any]:
     return try_damage(prepared.laboratory, damaged, trial).as_json()
+
+
+def _situation(prepared: Prepared, situation: Any, trial: Path) -> dict[str, Any]:
+    return try_situation(prepared.laboratory, situation, trial).as_json()
 
 
 def _of(plan: Planned) -> dict[str, Any]:

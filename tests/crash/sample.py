@@ -4,8 +4,10 @@ import random
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import islice
 
 from tests.crash.faults import Fault, faults_of
+from tests.crash.interposer import READS
 
 Strata = dict[str, dict[str, int]]
 """Scenario → stratum → number of operations."""
@@ -56,7 +58,15 @@ def stratified(strata: Strata, seed: int) -> list[Planned]:
         turn = seen[cell[1:]]
         seen[cell[1:]] += 1
         rounds[turn].append(_drawn(cell, strata, chance))
-    return [planned for turn in sorted(rounds) for planned in rounds[turn]]
+    return [planned for turn in sorted(rounds) for planned in _woven(rounds[turn])]
+
+
+def _woven(planned: list[Planned]) -> list[Planned]:
+    """Three trials at operations that change something to one at a read, as long as there are any."""
+    reads = [one for one in planned if _operation(one.fault.stratum) in READS]
+    changes = iter([one for one in planned if _operation(one.fault.stratum) not in READS])
+    woven = [one for read in reads for one in (*islice(changes, 3), read)]
+    return [*woven, *changes]
 
 
 def shard(planned: Sequence[Planned], number: int, of: int) -> list[Planned]:
