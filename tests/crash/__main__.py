@@ -17,19 +17,20 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from tests.crash import damage, twice
+from tests.crash import damage, device, twice
 from tests.crash.commands import SCENARIOS
-from tests.crash.parts import DAMAGE_STATES, damages, operations, situations
+from tests.crash.parts import DAMAGE_STATES, cuts, damages, operations, situations
 from tests.crash.prepare import prepare
 from tests.crash.report import table, write_json
 from tests.crash.world import files_of
 
 MEMORY = Path("/dev/shm")
-PARTS = {"operations": operations, "damage": damages, "twice": situations}
+PARTS = {"operations": operations, "damage": damages, "twice": situations, "cuts": cuts}
 NEEDS: dict[str, tuple[Sequence[str], Sequence[str]]] = {
     "operations": ((), ()),
     "damage": ([state.scenario for state in damage.STATES], DAMAGE_STATES),
     "twice": (twice.NEEDS, twice.STATES),
+    "cuts": (device.CUT, ()),
 }
 """For each part the scenarios whose ends it compares with, and the states it begins from."""
 

@@ -17,7 +17,7 @@ class Scenario:
     Attributes:
         name: of the scenario.
         arguments: of `holdfast`; MODEL and DATA are replaced.
-        template: the state it begins from: the name of another scenario's end, or of a `Halfway`; None: nothing.
+        template: the state it begins from: another scenario's end, or a `Halfway`, by name; None: nothing.
         makes: `run` or `out`: what is compared in the end.
         mine: whether a person has put files into what the command works on.
     """

@@ -1,4 +1,4 @@
-"""What must be the same in the end, however a trial went: read from the disk without the program's own reader."""
+"""What must be the same in the end, however a trial went: read from the disk without the program's reader."""
 
 import hashlib
 import json

@@ -1,5 +1,5 @@
-"""Files that are not what was written: every kind of file of a run and of an export, damaged in every way, and
-what the commands that read it make of that."""
+"""Files that are not what was written: every kind of file of a run and of an export, damaged in every way,
+and what the commands that read it make of that."""
 
 import random
 import re

@@ -1,8 +1,8 @@
 """Stands between Python and the file system: every operation on files below some folders passes a `Watcher`.
 
-It wraps the functions of `os` and `open` themselves, and so sees what pathlib, shutil, filelock and every other
-library written in Python do. Reads within C, such as those of mapped weights, it does not see. Linux only: the
-path of a descriptor is what /proc says.
+It wraps the functions of `os` and `open` themselves, and so sees what pathlib, shutil, filelock and every
+other library written in Python do. Reads within C, such as those of mapped weights, it does not see. Linux
+only: the path of a descriptor is what /proc says.
 """
 
 import builtins
@@ -50,12 +50,16 @@ class Watcher(Protocol):
 
 
 class Interposer:
-    """Wraps the operations while `watching`. One at a time in a process."""
+    """Wraps the operations while `watching`. One at a time in a process.
 
-    def __init__(self, roots: list[Path], watcher: Watcher) -> None:
+    really_sync: whether fsync does its work; only a power cut could tell, and it takes long.
+    """
+
+    def __init__(self, roots: list[Path], watcher: Watcher, really_sync: bool = False) -> None:
         self._roots = [os.path.realpath(root) for root in roots]
         self._watcher = watcher
         self._thread = threading.local()
+        self._really_sync = really_sync
         self._real: dict[str, Callable[..., Any]] = {}
         self._real_open = io.open
 
@@ -104,9 +108,9 @@ class Interposer:
         """The absolute path of a name or a descriptor; None where it has none."""
         try:
             if isinstance(place, int):
-                return os.readlink(f"/proc/self/fd/{place}")
+                return _descriptor(place)
             name = os.fsdecode(place)
-            base = os.readlink(f"/proc/self/fd/{dir_fd}") if dir_fd is not None else os.getcwd()
+            base = _descriptor(dir_fd) if dir_fd is not None else str(Path.cwd())
             path = os.path.normpath(os.path.join(base, name))  # noqa: PTH118
             if path.startswith("/proc/"):
                 path = os.path.join(os.path.realpath(os.path.dirname(path)), os.path.basename(path))  # noqa: PTH118, PTH119, PTH120
@@ -146,9 +150,9 @@ class Interposer:
         def syncing(name: str) -> Callable[[int], None]:
             def wrapper(descriptor: int) -> None:
                 folder = stat.S_ISDIR(real["fstat"](descriptor).st_mode)
-                # What fsync does only a power cut could tell, and the trials' cuts go by its calls.
                 operation = "sync folder" if folder else "sync"
-                self.pass_through(operation, self.path_of(descriptor), lambda: None)
+                do = (lambda: real[name](descriptor)) if self._really_sync else lambda: None
+                self.pass_through(operation, self.path_of(descriptor), do)
 
             return wrapper
 
@@ -253,6 +257,11 @@ class WatchedFile(io.FileIO):
         if size is None or size < 0:
             return self.readall()
         return self._interposer.pass_through("read", self._where, lambda: super(WatchedFile, self).read(size))
+
+
+def _descriptor(number: int) -> str:
+    """The path that a descriptor was opened by, or has been renamed to."""
+    return os.readlink(f"/proc/self/fd/{number}")  # noqa: PTH115
 
 
 def _phase(frame: Any) -> str:

@@ -1,12 +1,15 @@
 """The parts of the laboratory, each a list of trials that the pool makes."""
 
 import argparse
+import random
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+from tests.crash import device
 from tests.crash.commands import SCENARIOS
 from tests.crash.damage import STATES, all_damages, try_damage
+from tests.crash.interposer import READS
 from tests.crash.pool import Piece, results
 from tests.crash.prepare import Prepared
 from tests.crash.report import Part, said
@@ -15,6 +18,8 @@ from tests.crash.trial import run_trial
 from tests.crash.twice import SITUATIONS, try_situation
 
 TELL_EVERY = 100
+CUTS = 10
+"""Real power cuts of one run."""
 
 
 def operations(prepared: Prepared, given: argparse.Namespace, until: float) -> Part:
@@ -57,6 +62,27 @@ def situations(prepared: Prepared, given: argparse.Namespace, until: float) -> P
     return gather(Part("two of everything", len(drawn)), pieces, facts, trials, given.jobs, until)
 
 
+def cuts(prepared: Prepared, given: argparse.Namespace, until: float) -> Part:
+    """Real power cuts, where this machine can have them."""
+    part = Part("real power cuts", 0)
+    if lacks := device.missing():
+        print(f"real power cuts: none tried, for want of {lacks}", flush=True)
+        return part
+    chance = random.Random(given.seed)
+    drawn = [(device.CUT[turn % len(device.CUT)], chance.randrange(2**32)) for turn in range(CUTS)]
+    planned = _share(drawn, given)
+    part.possible = sum(
+        count
+        for name in device.CUT
+        for stratum, count in prepared.strata[name].items()
+        if stratum.split(" | ")[0] not in READS
+    )
+    trials = prepared.laboratory.folder / "cuts"
+    pieces = [partial(_cut, prepared, *one, trials / str(number)) for number, one in enumerate(planned)]
+    facts = [_facts(name, "real power cut", "change", seed) for name, seed in planned]
+    return gather(part, pieces, facts, trials, given.jobs, until)
+
+
 DAMAGE_STATES = tuple(dict.fromkeys(name for state in STATES for name in (state.template, state.other)))
 
 
@@ -95,6 +121,10 @@ def _damage(prepared: Prepared, damaged: Any, trial: Path) -> dict[str, Any]:
 
 def _situation(prepared: Prepared, situation: Any, trial: Path) -> dict[str, Any]:
     return try_situation(prepared.laboratory, situation, trial).as_json()
+
+
+def _cut(prepared: Prepared, scenario: str, seed: int, trial: Path) -> dict[str, Any]:
+    return device.try_cut(prepared.laboratory, prepared.strata[scenario], scenario, seed, trial).as_json()
 
 
 def _of(plan: Planned) -> dict[str, Any]:

@@ -53,8 +53,7 @@ class Durable:
             chance = random.Random(seed)
             for name, data in sorted(_files(self._root).items()):
                 left[name] = None if data is None else self._partly(self._root / name, data, chance)
-        for name in os.listdir(self._root):
-            path = self._root / name
+        for path in list(self._root.iterdir()):
             if path.is_dir() and not path.is_symlink():
                 shutil.rmtree(path)
             else:
@@ -88,7 +87,7 @@ class Durable:
         found = _stat(folder)
         if found is not None:
             # A subfolder that was never synced is there, and empty.
-            names = {name: os.lstat(folder / name) for name in os.listdir(folder)}
+            names = {path.name: path.lstat() for path in folder.iterdir()}
             self._entries[self._number(found)] = {name: self._number(one) for name, one in names.items()}
             for one in names.values():
                 if stat.S_ISDIR(one.st_mode):

@@ -75,7 +75,11 @@ def wait(process: int, log: Path, longest: float = LONGEST) -> Ended:
 
 
 def command(
-    folder: Path, arguments: list[str], watcher: Watcher | None = None, roots: list[Path] | None = None
+    folder: Path,
+    arguments: list[str],
+    watcher: Watcher | None = None,
+    roots: list[Path] | None = None,
+    really_sync: bool = False,
 ) -> int:
     """Run `holdfast ARGUMENTS` inside `folder`, in this process. Returns its exit code.
 
@@ -85,8 +89,10 @@ def command(
 
     commit_after_every_batch()
     os.chdir(folder)
-    interposer = Interposer([folder, *(roots or [])], watcher) if watcher is not None else None
-    with interposer.watching() if interposer is not None else contextlib.nullcontext():
+    watching: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
+    if watcher is not None:
+        watching = Interposer([folder, *(roots or [])], watcher, really_sync).watching()
+    with watching:
         try:
             app(arguments, prog_name="holdfast")
         except SystemExit as end:

@@ -1,5 +1,5 @@
-"""Two of everything: writers, exports, readers beside a writer, a holder that was stopped, stale locks, clocks
-set back, folders that were moved or copied half way or are reached by two names."""
+"""Two of everything: writers, exports, readers beside a writer, a holder that was stopped, stale locks,
+clocks set back, folders that were moved or copied half way or are reached by two names."""
 
 import os
 import shutil

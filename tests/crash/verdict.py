@@ -10,7 +10,7 @@ REFUSALS = frozenset({2, 3, 4, 75})
 GOOD = frozenset({"identical", "refused by name"})
 """How a trial may end. 'refused by name': by the disturbed command; the same one again was identical."""
 
-NAMED = re.compile(r"holdfast: .*?(/|run|out|\.json|\.zarr|model|text)", re.DOTALL)
+NAMED = re.compile(r"holdfast: .*?(/|run|out|link|copy|\.json|\.zarr|model|text)", re.DOTALL)
 
 
 @dataclass(frozen=True)
