@@ -17,20 +17,21 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from tests.crash import damage, device, twice
+from tests.crash import damage, device, machine, twice
 from tests.crash.commands import SCENARIOS
-from tests.crash.parts import DAMAGE_STATES, cuts, damages, operations, situations
+from tests.crash.parts import DAMAGE_STATES, cuts, damages, operations, series, situations
 from tests.crash.prepare import prepare
 from tests.crash.report import table, write_json
 from tests.crash.world import files_of
 
 MEMORY = Path("/dev/shm")
-PARTS = {"operations": operations, "damage": damages, "twice": situations, "cuts": cuts}
+PARTS = {"operations": operations, "damage": damages, "twice": situations, "cuts": cuts, "series": series}
 NEEDS: dict[str, tuple[Sequence[str], Sequence[str]]] = {
     "operations": ((), ()),
     "damage": ([state.scenario for state in damage.STATES], DAMAGE_STATES),
     "twice": (twice.NEEDS, twice.STATES),
     "cuts": (device.CUT, ()),
+    "series": (machine.NEEDS, ()),
 }
 """For each part the scenarios whose ends it compares with, and the states it begins from."""
 
@@ -69,6 +70,8 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--full", action="store_true", help="every stratum with every fault")
     parser.add_argument("--more", type=int, default=1000, help="with --full: trials beyond one each")
     parser.add_argument("--trials", type=int, help="at most so many")
+    parser.add_argument("--series", type=int, default=20, help="series of commands")
+    parser.add_argument("--steps", type=int, default=12, help="steps of a series")
     parser.add_argument("--minutes", type=float, default=float("inf"), help="begin no trial after so many")
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="trials at a time")
     parser.add_argument("--shard", default="1/1", help="part i/n of the trials; same --seed for all parts")

@@ -10,6 +10,7 @@ from tests.crash import device
 from tests.crash.commands import SCENARIOS
 from tests.crash.damage import STATES, all_damages, try_damage
 from tests.crash.interposer import READS
+from tests.crash.machine import try_series
 from tests.crash.pool import Piece, results
 from tests.crash.prepare import Prepared
 from tests.crash.report import Part, said
@@ -83,6 +84,16 @@ def cuts(prepared: Prepared, given: argparse.Namespace, until: float) -> Part:
     return gather(part, pieces, facts, trials, given.jobs, until)
 
 
+def series(prepared: Prepared, given: argparse.Namespace, until: float) -> Part:
+    """Series of steps that hypothesis draws."""
+    chance = random.Random(given.seed)
+    planned = _share([chance.randrange(2**32) for _ in range(given.series)], given)
+    trials = prepared.laboratory.folder / "series"
+    pieces = [partial(_series, prepared, given.steps, number, trials / str(number)) for number in planned]
+    facts = [_facts("series", "series", "any", number) for number in planned]
+    return gather(Part("series of commands", len(planned)), pieces, facts, trials, given.jobs, until)
+
+
 DAMAGE_STATES = tuple(dict.fromkeys(name for state in STATES for name in (state.template, state.other)))
 
 
@@ -125,6 +136,10 @@ def _situation(prepared: Prepared, situation: Any, trial: Path) -> dict[str, Any
 
 def _cut(prepared: Prepared, scenario: str, seed: int, trial: Path) -> dict[str, Any]:
     return device.try_cut(prepared.laboratory, prepared.strata[scenario], scenario, seed, trial).as_json()
+
+
+def _series(prepared: Prepared, steps: int, number: int, trial: Path) -> dict[str, Any]:
+    return try_series(prepared, number, 1, steps, trial).as_json()
 
 
 def _of(plan: Planned) -> dict[str, Any]:
