@@ -11,12 +11,12 @@ from pathlib import Path
 
 from tests.crash import server
 from tests.crash.commands import SCENARIOS, Scenario, filled_in
-from tests.crash.compare import content
+from tests.crash.compare import content, newest_head
 from tests.crash.server import Ended
 from tests.crash.strata import kind_of_file
 from tests.crash.trial import Laboratory, Result
 from tests.crash.verdict import NAMED, Verdict, judge_end, last_lines
-from tests.crash.world import MINE, begin, files_of, mine
+from tests.crash.world import MINE, begin, changed, files_of, mine
 
 
 @dataclass(frozen=True)
@@ -56,10 +56,8 @@ SPOILS: dict[str, Spoil] = {
 then; None: nothing."""
 
 SAID = re.compile(r"damaged|missing|fell back|set aside|I/O error|not whole|differs|again|lost|differ", re.I)
-NO_MATTER = re.compile(
-    r"run/(events\.jsonl|\.lock|plans/.*|heads/.*)|\.out\.lock|out(\.partial)?/.*|run/activations/.*"
-)
-"""Files whose loss costs nothing that was promised, or is mended by making it again."""
+NO_RECORD = re.compile(r"(.*/)?\.(out\.)?lock")
+"""Files that may be refused as what they are not (exit 2): they are no part of what is stored."""
 
 
 @dataclass(frozen=True)
@@ -108,6 +106,8 @@ def try_damage(laboratory: Laboratory, damaged: Damaged, trial: Path) -> Result:
     trial.mkdir(parents=True)
     begin(world, laboratory.template(damaged.state.template))
     before = mine(world)
+    head = newest_head(world / "run") if damaged.path.startswith("run/") else None
+    counted = frozenset(f"run/{path}" for path in (head or {"objects": ()})["objects"])
     original = (world / damaged.path).read_bytes()
     spoilt = SPOILS[damaged.spoil](original, _other(laboratory, damaged), random.Random(damaged.seed))
     if spoilt == original:
@@ -121,9 +121,9 @@ def try_damage(laboratory: Laboratory, damaged: Damaged, trial: Path) -> Result:
     ended = server.call(
         partial(server.command, world, filled_in(scenario.arguments, laboratory.source)), trial / "log"
     )
-    verdict = judge(laboratory, damaged, scenario, ended, world)
+    verdict = judge(laboratory, damaged, scenario, ended, world, counted)
     if mine(world) != before:
-        verdict = Verdict("foreign touched", damaged.path)
+        verdict = Verdict("foreign touched", changed(before, mine(world)))
     result = _result(damaged, world, ended.code, verdict)
     if verdict.word in ("identical", "refused by name"):
         shutil.rmtree(trial)
@@ -136,10 +136,11 @@ def judge(laboratory: Laboratory, damaged: Damaged, scenario: Scenario, ended: E
     if wrong is not None:
         return wrong
     if ended.code == 0:
-        if not NO_MATTER.fullmatch(damaged.path) and not SAID.search(ended.output):
+        if damaged.path in counted and not SAID.search(ended.output):
             return Verdict("unsaid", "recovered, and the output does not tell of it")
         return Verdict("identical")
-    if ended.code not in (3, 4) or not NAMED.search(ended.output):
+    allowed = (2, 3, 4) if NO_RECORD.fullmatch(damaged.path) else (3, 4)
+    if ended.code not in allowed or not NAMED.search(ended.output):
         return Verdict("unnamed", f"exit {ended.code}: {last_lines(ended)}")
     return Verdict("refused by name", last_lines(ended))
 

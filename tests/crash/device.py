@@ -21,7 +21,7 @@ from tests.crash.compare import content
 from tests.crash.interposer import READS, Seen
 from tests.crash.trial import Laboratory, Result
 from tests.crash.verdict import Verdict, judge_end, judge_rest
-from tests.crash.world import begin, mine
+from tests.crash.world import begin, changed, mine
 
 SHUTDOWN = 0x8004587D  # EXT4_IOC_SHUTDOWN
 WITHOUT_LOG = 2  # EXT4_GOING_FLAGS_NOLOGFLUSH: not even the journal is written
@@ -103,7 +103,7 @@ def try_cut(
         found = content(world, scenario.makes)
         wrong = wrong or judge_end(ended, found, expected) or judge_rest(ended, found, expected, {}, True)
         if mine(world) != before:
-            wrong = Verdict("foreign touched", "files of a person's own differ")
+            wrong = Verdict("foreign touched", changed(before, mine(world)))
     verdict = wrong or Verdict("identical" if disturbed.killed else "missed")
     if wrong is None:
         shutil.rmtree(trial)

@@ -1,7 +1,7 @@
-"""A person and bad luck, in any order: calibrate, be killed, go on, add a solver, export, damage a file, check,
-repair. Whatever the order, a command that ends with 0 has made what it says.
+"""A person and bad luck, in any order: calibrate, be killed, go on, add a solver, export, damage a file,
+check, repair. Whatever the order, a command that ends with 0 has made what it says.
 
-Hypothesis draws the steps. A series that fails is not made shorter, since every step is a command of a second.
+Hypothesis draws the steps. A series that fails is not made shorter: every step is a command of a second.
 """
 
 import itertools

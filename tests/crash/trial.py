@@ -1,6 +1,5 @@
 """One trial: a command is disturbed, the same command is given again, and what is there is compared."""
 
-import os
 import shutil
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -13,7 +12,7 @@ from tests.crash.faults import CUTS, BadPath, Fault, Striking
 from tests.crash.interposer import Watcher
 from tests.crash.server import Ended
 from tests.crash.verdict import Verdict, judge_end, judge_rest, last_lines
-from tests.crash.world import begin, mine
+from tests.crash.world import begin, changed, mine
 
 
 @dataclass(frozen=True)
@@ -99,8 +98,7 @@ def run_trial(laboratory: Laboratory, scenario: Scenario, fault: Fault, trial: P
         wrong = judge_end(ended, found, expected) or judge_rest(ended, found, expected, kept, forgotten)
     after = mine(world)
     if after != before:
-        changed = sorted(name for name in before.keys() | after.keys() if before.get(name) != after.get(name))
-        wrong = Verdict("foreign touched", ", ".join(changed))
+        wrong = Verdict("foreign touched", changed(before, after))
     if wrong is not None:
         return result(disturbed, wrong)
     if disturbed.killed or disturbed.code == 0:
@@ -113,8 +111,3 @@ def undisturbed(laboratory: Laboratory, scenario: Scenario, world: Path, watcher
     begin(world, laboratory.template(scenario.template))
     arguments = filled_in(scenario.arguments, laboratory.source)
     return server.command(world, arguments, watcher, [laboratory.source])
-
-
-def keeping(folder: Path) -> str:
-    """The folder's name for a message, short where it is below the current one."""
-    return os.path.relpath(folder) if folder.is_relative_to(Path.cwd()) else str(folder)

@@ -86,3 +86,8 @@ def files_of(folder: Path) -> dict[str, bytes]:
 def mine(trial: Path) -> dict[str, str]:
     """Digests of all that is a person's own in a trial, and of nothing else."""
     return {name: hashlib.sha256(data).hexdigest() for name, data in files_of(trial).items() if MINE in name}
+
+
+def changed(before: dict[str, str], after: dict[str, str]) -> str:
+    """The names of what is not the same in both, for a message."""
+    return ", ".join(sorted(name for name in before | after if before.get(name) != after.get(name)))
