@@ -130,8 +130,18 @@ def try_damage(laboratory: Laboratory, damaged: Damaged, trial: Path) -> Result:
     return result
 
 
-def judge(laboratory: Laboratory, damaged: Damaged, scenario: Scenario, ended: Ended, world: Path) -> Verdict:
-    """Recovered and said, or refused with exit 4 (3 where an identity is what was damaged) by name."""
+def judge(
+    laboratory: Laboratory,
+    damaged: Damaged,
+    scenario: Scenario,
+    ended: Ended,
+    world: Path,
+    counted: frozenset[str],
+) -> Verdict:
+    """Recovered and said, or refused with exit 4 (3 where an identity is what was damaged) by name.
+
+    counted: the files that the newest commit names; damage to others need not be told.
+    """
     wrong = judge_end(ended, content(world, scenario.makes), laboratory.ends[scenario.name])
     if wrong is not None:
         return wrong
