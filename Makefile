@@ -33,7 +33,7 @@ PYTHON  ?= $(shell for python in $(NEWEST); do \
 READY   := $(VENV)/.holdfast-ready
 
 .DEFAULT_GOAL := help
-.PHONY: help calibrate export status test test-newest test-oldest test-long lint crash-test bench clean
+.PHONY: help calibrate export status check repair test test-newest test-oldest test-long lint crash-test bench clean
 
 help:  ## this list
 	@echo "Holdfast: crash-safe post-training quantization for Hugging Face models"; echo
@@ -66,6 +66,12 @@ export: $(READY)  ## turn RUN into the checkpoint OUT (nothing given: the demo's
 
 status: $(READY)  ## how far RUN is, also while it calibrates
 	@$(VENV)/bin/holdfast status "$${run:-runs/demo}" $(args)
+
+check: $(READY)  ## verify every file of RUN
+	@$(VENV)/bin/holdfast check "$${run:-runs/demo}" $(args)
+
+repair: $(READY)  ## mend RUN from what is whole; what is damaged is set aside
+	@$(VENV)/bin/holdfast repair "$${run:-runs/demo}" $(args)
 
 test: $(READY)  ## all tests but the long ones
 	@$(VENV)/bin/python -m pytest $(args)

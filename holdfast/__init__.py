@@ -27,6 +27,8 @@ from state.errors import (
     OutOfSpace,
     RunBusy,
     Stopped,
+    Unreadable,
+    WriteFailed,
 )
 from state.reader import Calibration, open_run
 
@@ -49,6 +51,8 @@ __all__ = [
     "Progress",
     "RunBusy",
     "Stopped",
+    "Unreadable",
+    "WriteFailed",
     "__version__",
     "calibrate",
     "capture",
@@ -66,11 +70,12 @@ def open(run: Path | str, verify: bool = True) -> Calibration:
         run.amax("model.layers.2.mlp.experts.17.down_proj")  # float32 [channels]
 
     Args:
-        verify: check every file against its digest now, and fall back a commit where one is damaged (see
-            `notes` of what is returned). Otherwise each is checked when it is read.
+        verify: check every file against its digest now, and fall back a commit where statistics are damaged
+            (see `notes` of what is returned); damaged solutions are absent. Otherwise each file is checked
+            when it is read.
 
     Raises:
-        InputError: there is no run, or it is of a newer Holdfast.
+        InputError: there is no run, or it is of a newer Holdfast; Unreadable where a file can't be read now.
         DamagedStore: no commit of it is whole.
     """
     return open_run(run, verify)

@@ -1,6 +1,6 @@
-"""The command line: `holdfast calibrate`, `holdfast export`, `holdfast status`.
+"""The command line: `holdfast calibrate`, `export`, `status`, `check` and `repair`.
 
-Stages are imported when a command needs them: torch takes seconds, and `--help` and `status` do without.
+Stages are imported when a command needs them: torch takes seconds, and all but the first two do without.
 """
 
 import signal
@@ -23,7 +23,8 @@ command goes on.
 app = typer.Typer(
     help="Quantizes Hugging Face models after training, so that calibration can't be lost.\n\n"
     "calibrate measures a model once and commits as it goes; export turns the run into a checkpoint, in as "
-    "many formats as you like; status looks at a run, also while it is being made.\n\n" + EXIT_CODES,
+    "many formats as you like; status looks at a run, also while it is being made; check verifies one, and "
+    "repair mends it.\n\n" + EXIT_CODES,
     epilog="Killed, out of space, out of time? Give the same command again.",
     no_args_is_help=True,
     add_completion=False,
@@ -110,6 +111,45 @@ def status(
         from pipeline.status import look, print_status
 
         print_status(look(run), json)
+
+
+@app.command(epilog=EXIT_CODES)
+def check(
+    run: Annotated[Path, typer.Argument(help="Folder of the run.", show_default=False)],
+    debug: Debug = False,
+) -> None:
+    """Reads every file of a run and says what is whole: exit 0 if all is, 4 naming what is damaged.
+
+    Works while a calibration runs, and changes nothing.
+
+    **Example**
+
+    `holdfast check runs/qwen3`
+    """
+    with exit_codes(debug):
+        from pipeline.check import check
+
+        check(run)
+
+
+@app.command(epilog=EXIT_CODES)
+def repair(
+    run: Annotated[Path, typer.Argument(help="Folder of the run.", show_default=False)],
+    debug: Debug = False,
+) -> None:
+    """Makes lost heads of a run again from what is whole, sets aside what is damaged or stays unreadable,
+    and says what has to be made again.
+
+    Nothing is deleted: what is set aside lies in RUN/set-aside/TIME.
+
+    **Example**
+
+    `holdfast repair runs/qwen3`
+    """
+    with exit_codes(debug):
+        from pipeline.repair import repair
+
+        repair(run)
 
 
 def _terminated(_number: int, _frame: FrameType | None) -> NoReturn:

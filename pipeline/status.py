@@ -9,7 +9,7 @@ from pipeline.progress import duration
 from pipeline.tables import coverage_rows, print_rows
 from stages.calibrate.summary import Coverage, measure_coverage
 from stages.commands import calibrate_command, export_command
-from state.errors import InputError
+from state.errors import InputError, Unreadable
 from state.home import expand_home
 from state.objects import solutions
 from state.reader import Calibration, open_run
@@ -53,6 +53,8 @@ def look(run: Path) -> Status:
     for attempt in range(ATTEMPTS):
         try:
             return _read(open_run(run, verify=False))
+        except Unreadable:
+            raise
         except InputError:
             # A commit that a running calibration collected under our eyes is opened anew.
             if attempt == ATTEMPTS - 1 or not (run / "HEAD").exists():
@@ -62,7 +64,7 @@ def look(run: Path) -> Status:
 
 def _read(calibration: Calibration) -> Status:
     head, settings = calibration.head, calibration.record.settings
-    windows, seq = calibration.tokens.shape
+    windows, seq = calibration.token_shape
     batch = int(str(settings.get("batch", windows))) or 1  # a captured run has no tokens
     total = -(-windows // batch)
     batches = total if head.finished else head.cursor.batch

@@ -82,5 +82,20 @@ def export_command(run: str, recipe: str, remembered: str) -> str:
     return shlex.join(["holdfast", "export", run, out, *([flag("recipe"), recipe] * named)])
 
 
+def check_command(run: str) -> str:
+    """The command that verifies a run."""
+    return _of_run("check", run)
+
+
+def repair_command(run: str) -> str:
+    """The command that repairs a run."""
+    return _of_run("repair", run)
+
+
+def _of_run(command: str, run: str) -> str:
+    words = ["make", command, f"RUN={run}"] if _through_make() else ["holdfast", command, run]
+    return shlex.join(words)
+
+
 def _through_make() -> bool:
     return "MAKELEVEL" in os.environ

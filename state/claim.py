@@ -10,14 +10,16 @@ from numpy.typing import NDArray
 
 from state.durable import Disk
 from state.errors import InputError
-from state.head import HEAD, HEADS
 from state.identity import tokens_digest
-from state.objects import ZARR
+from state.paths import HEAD, HEADS, LOCK, RECORD, ZARR
 from state.record import RunRecord
-from state.recovery import published
-from state.store import EVENTS, LOCK, RECORD, RunWriter
+from state.recovery import published, refuse_lost_heads
+from state.remove import finish_cut_short
+from state.store import RunWriter
+from state.writing import all_writing
 
-OWN_NAMES = frozenset({HEAD, f"{HEAD}.tmp", HEADS, ZARR, RECORD, EVENTS, LOCK, "activations"})
+MAY_BE_BEGUN = frozenset({LOCK, HEADS, ZARR, RECORD, f"{HEAD}.tmp"})
+"""What a creation that was cut short can have left."""
 
 
 def create_run(
@@ -41,7 +43,8 @@ class Claim:
     A context manager; `create` hands the lock on to the writer. Left without it, nothing stays behind.
 
     Raises (on entering):
-        InputError: the run exists, or the folder holds other files.
+        InputError: the run exists, or the folder holds files that no creation of ours has written.
+        DamagedStore: the folder holds a run whose heads are lost.
         RunBusy, OutOfSpace: see `Disk`.
     """
 
@@ -53,10 +56,9 @@ class Claim:
     def __enter__(self) -> Self:
         if self.path.exists() and not self.path.is_dir():
             raise InputError(f"{self.path} is a file. Choose another name for the run.")
-        if foreign := set(self.disk.list(self.path)) - OWN_NAMES:
-            raise InputError(
-                f"{self.path} holds other files ({min(foreign)}). Choose an empty or new folder for the run."
-            )
+        if not published(self.path, self.disk):
+            refuse_lost_heads(self.path, self.disk)
+            self._refuse_foreign()
         self._made_folder = not self.path.exists()
         with ExitStack() as held:
             held.enter_context(self.disk.lock(self.path / LOCK))
@@ -69,11 +71,30 @@ class Claim:
         """Make the run, with its tokens and no statistics yet; see `create_run`."""
         if tokens.dtype != np.int32 or tokens.ndim != 2 or tokens_digest(tokens) != record.identity.tokens:
             raise ValueError("tokens must be int32 [windows, seq] and those of record.identity")
-        for name in self.disk.list(self.path):
-            if name != LOCK:
-                self.disk.delete(self.path / name)
+        finish_cut_short(self.path, (), -1, self.disk)
         self._made_folder = False
         return RunWriter.begin(self.path, self.disk, record, tokens, self._held.pop_all())
+
+    def _refuse_foreign(self) -> None:
+        """Raise InputError where a file is in the folder that the record of a creation cut short does not
+        name.
+        """
+        present = set(self.disk.list(self.path))
+        if not present - {LOCK}:
+            return
+        if not (foreign := present - MAY_BE_BEGUN):
+            records = all_writing(self.path, self.disk.list(self.path / HEADS), self.disk)
+            named = {
+                path for record in records if record.number == 0 for path in (record.path, *record.files)
+            }
+            files = (file for file in self.path.rglob("*") if file.is_symlink() or not file.is_dir())
+            foreign = {file.relative_to(self.path).as_posix() for file in files} - named - {LOCK}
+        if foreign:
+            raise InputError(
+                f"{self.path} holds other files ({min(foreign)}), which no creation of Holdfast has written. "
+                "Choose "
+                "an empty or new folder for the run."
+            )
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None

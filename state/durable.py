@@ -6,22 +6,38 @@ One small interface, so that object stores can follow and tests can fail any sin
 import errno
 import os
 import shutil
-from collections.abc import Iterable, Iterator
+import time
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import TypeVar
 
 from filelock import FileLock, Timeout
 
-from state.errors import InputError, OutOfSpace, RunBusy
+from state.errors import InputError, OutOfSpace, RunBusy, Unreadable, WriteFailed
 
 DEVICE_ERRORS = {
     errno.ENOSPC: "no space left on the device",
     errno.EDQUOT: "disk quota reached",
-    errno.EIO: "I/O error",
 }
+"""Errors that room on the device would mend."""
+
 ACCESS_ERRORS = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.ENAMETOOLONG}
+WRITE_ERRORS = {
+    errno.EIO,
+    errno.ESTALE,
+    errno.EMFILE,
+    errno.ENFILE,
+    errno.ENXIO,
+    errno.ENODEV,
+    errno.ETIMEDOUT,
+}
+
+PAUSES = (0.05, 0.2, 0.5)
+"""Seconds between attempts to read what a device could not give: it often can a moment later."""
 
 Bytes = bytes | bytearray | memoryview
+Got = TypeVar("Got")
 
 
 class Disk:
@@ -30,7 +46,9 @@ class Disk:
     Each changing primitive calls `before(operation, path)` ahead of every step that can fail or be cut short.
 
     Raises:
-        OutOfSpace: the device is full or reports an I/O error while writing.
+        OutOfSpace: the device is full.
+        WriteFailed: the device reports an error while writing.
+        Unreadable: the device can't give a file or folder now.
         InputError: a file or folder may not be read or written.
     """
 
@@ -63,7 +81,7 @@ class Disk:
         """Add to the end of a log in one write, without fsync: a power cut may take its last lines."""
         with self._writing(path, memoryview(data).nbytes):
             self.before("append", path)
-            descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
+            descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW, 0o666)
             try:
                 os.write(descriptor, data)
             finally:
@@ -87,6 +105,39 @@ class Disk:
             source.rename(target)
         self.sync(dict.fromkeys((target.parent, source.parent)))
 
+    def move(self, source: Path, target: Path) -> None:
+        """Give a file another name, making the folders it needs. Durable after `sync` of both parents.
+
+        Raises:
+            FileExistsError: `target` exists; nothing is ever moved over something else.
+        """
+        with self._writing(target, 0):
+            self.before("move", target)
+            _make_folder(target.parent)
+            if os.path.lexists(target):
+                raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(target))
+            source.rename(target)
+
+    def remove(self, path: Path) -> None:
+        """Remove one file or link if it is there, never a folder. Not synced."""
+        with self._writing(path, 0):
+            self.before("remove", path)
+            path.unlink(missing_ok=True)
+
+    def remove_empty(self, path: Path) -> bool:
+        """Remove a folder if it is empty; whether it is gone."""
+        with self._writing(path, 0):
+            self.before("remove", path)
+            try:
+                path.rmdir()
+            except FileNotFoundError:
+                return True
+            except OSError as error:
+                if error.errno in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
+                    return False
+                raise
+            return True
+
     def delete(self, path: Path) -> None:
         """Remove a file or a whole folder if it is there. Not synced: recovery deletes again."""
         with self._writing(path, 0):
@@ -97,25 +148,34 @@ class Disk:
                 path.unlink(missing_ok=True)
 
     def list(self, path: Path) -> list[str]:
-        """Names in a folder, sorted; none if it does not exist."""
+        """Names in a folder, sorted; none if it does not exist.
+
+        Raises:
+            Unreadable: the device can't give them now, after several attempts.
+            InputError: it may not be read.
+        """
         try:
-            return sorted(entry.name for entry in path.iterdir())
+            return _patiently(path, lambda: sorted(self.names(path)))
         except (FileNotFoundError, NotADirectoryError):
             return []
-        except PermissionError as error:
-            raise InputError(f"{path} may not be read: {error.strerror}") from error
 
     def read(self, path: Path) -> bytes:
         """All bytes of a file.
 
         Raises:
-            OSError: it is missing, no file, or unreadable by an I/O error.
+            FileNotFoundError, IsADirectoryError, NotADirectoryError: there is no such file.
+            Unreadable: the device can't give it now, after several attempts.
             InputError: it may not be read.
         """
-        try:
-            return path.read_bytes()
-        except PermissionError as error:
-            raise InputError(f"{path} may not be read: {error.strerror}") from error
+        return _patiently(path, lambda: self.bytes(path))
+
+    def names(self, path: Path) -> Iterable[str]:
+        """One attempt of `list`. Tests override it to fail."""
+        return (entry.name for entry in path.iterdir())
+
+    def bytes(self, path: Path) -> bytes:
+        """One attempt of `read`. Tests override it to fail."""
+        return path.read_bytes()
 
     def free_bytes(self, path: Path) -> int:
         """Bytes free where `path` is, or would be."""
@@ -132,6 +192,8 @@ class Disk:
         """
         with self._writing(path, 0):
             _make_folder(path.parent)
+            if path.is_symlink():
+                raise InputError(f"{path} is a symbolic link, which a lock must not be; remove it.")
             # A soft lock (a marker file) would outlive a killed holder: a file system without flock is
             # refused.
             lock = FileLock(path, blocking=False, thread_local=False, fallback_to_soft=False)
@@ -152,7 +214,7 @@ class Disk:
             lock.release()
 
     def _write(self, path: Path, data: Bytes, flag: int) -> None:
-        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | flag, 0o666)
+        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW | flag, 0o666)
         try:
             view = memoryview(data).cast("B")
             while view:
@@ -173,11 +235,32 @@ class Disk:
                 raise InputError(
                     f"{path}: this file system has no locks (flock). Choose another place."
                 ) from error
+            if error.errno in WRITE_ERRORS:
+                raise WriteFailed(path, os.strerror(error.errno or 0)) from error
+            if error.errno == errno.ELOOP:
+                raise InputError(
+                    f"{path} is or lies behind a symbolic link, through which nothing is written. Remove it."
+                ) from error
             if error.errno in ACCESS_ERRORS:
                 raise InputError(
                     f"{path} may not be written: {error.strerror}. Choose another place."
                 ) from error
             raise
+
+
+def _patiently(path: Path, attempt: Callable[[], Got]) -> Got:
+    for pause in (*PAUSES, None):
+        try:
+            return attempt()
+        except (FileNotFoundError, IsADirectoryError, NotADirectoryError):
+            raise
+        except PermissionError as error:
+            raise InputError(f"{path} may not be read: {error.strerror}") from error
+        except OSError as error:
+            if pause is None:
+                raise Unreadable(path, error.errno or 0, os.strerror(error.errno or 0)) from error
+            time.sleep(pause)
+    raise AssertionError("unreachable")
 
 
 def _make_folder(path: Path) -> None:

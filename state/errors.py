@@ -21,8 +21,38 @@ class RunBusy(InputError):
     """Another process holds the run's lock."""
 
 
+class Unreadable(InputError):
+    """A file can't be read now, though it may be whole: nothing is believed of it, and nothing is changed.
+
+    `number` is the errno.
+    """
+
+    def __init__(self, path: Path, number: int, reason: str) -> None:
+        super().__init__(
+            f"{path} can't be read now: {reason}. Nothing that was committed is touched; try again. If it "
+            "stays "
+            "so and belongs to a run, `holdfast repair RUN` sets it aside."
+        )
+        self.path = path
+        self.number = number
+        self.reason = reason
+
+
+class WriteFailed(InputError):
+    """The device reported an error while a file was written, and not for want of space."""
+
+    def __init__(self, path: Path, reason: str) -> None:
+        super().__init__(
+            f"{path} could not be written: {reason}. What was committed before is intact; look after the "
+            "device, "
+            "then give the same command again."
+        )
+        self.path = path
+        self.reason = reason
+
+
 class OutOfSpace(InputError):
-    """A write failed for want of space or because the device reported an error.
+    """A write failed for want of space.
 
     `path` is the file being written, `needed` the bytes that the whole operation wants to write.
     """

@@ -14,14 +14,15 @@ from numpy.typing import NDArray
 
 from state.durable import Disk
 from state.errors import DamagedStore, InputError
+from state.events import read_events
 from state.head import Head
 from state.home import expand_home
 from state.layout import Layout, SiteArray
 from state.names import Role, Site, join_name, split_key, split_name
-from state.objects import ZARR, BrokenObject, VerifiedStore, read_object
+from state.objects import BrokenObject, VerifiedStore, read_object
+from state.paths import RECORD, ZARR
 from state.record import RunRecord
 from state.recovery import Found, find_head
-from state.store import EVENTS, RECORD
 from state.update import Generation, Solution
 
 QUANTIZER_ROLES: dict[str, Role] = {
@@ -81,6 +82,12 @@ class Calibration:
         if self.head.generation is None:
             return Layout()
         return Layout.model_validate(self._attributes(self.head.generation)["layout"])
+
+    @property
+    def token_shape(self) -> tuple[int, int]:
+        """(windows, seq) of the calibration tokens, as the record has it."""
+        windows, seq = self.record.identity.tokens.partition("[")[2].partition("]")[0].split(",")
+        return int(windows), int(seq)
 
     @cached_property
     def tokens(self) -> NDArray[np.int32]:
@@ -156,17 +163,7 @@ class Calibration:
 
     def events(self) -> list[dict[str, Any]]:
         """The lines of `events.jsonl`; one cut short by a crash is left out."""
-        try:
-            lines = self._disk.read(self.path / EVENTS).splitlines()
-        except FileNotFoundError:
-            return []
-        events = []
-        for line in lines:
-            try:
-                events.append(json.loads(line))
-            except ValueError:
-                continue
-        return events
+        return read_events(self.path, self._disk)
 
     def _amax_of_site(self, site: Site) -> NDArray[np.float32]:
         name = "weight_amax" if site.role == "weight" else "amax"
@@ -220,8 +217,8 @@ class Calibration:
                     "and the older one was collected. Open it again."
                 ) from fault
             raise DamagedStore(
-                f"{self.path}: {fault}. The command that calibrated it, given again, goes back to an older "
-                "commit if one is whole.",
+                f"{self.path}: {fault}. `holdfast check {self.path}` says what is whole; the command that "
+                "calibrated it, given again, makes what is lost again.",
                 [fault.path],
             ) from fault
 
@@ -230,11 +227,13 @@ def open_run(path: Path | str, verify: bool = True, disk: Disk | None = None) ->
     """Open a run for reading; nothing is locked or changed, a writer may go on meanwhile.
 
     Args:
-        verify: check the digest of every object now, and fall back a commit where one is damaged (see
-            `Calibration.notes`). Otherwise damage is found, as an error, when the object is read.
+        verify: check the digest of every object now, and fall back a commit where statistics are damaged (see
+            `Calibration.notes`); solutions that are damaged are absent then. Otherwise damage is found, as
+            an error, when the object is read.
 
     Raises:
         InputError: not a run, or of a newer format.
+        Unreadable: the device can't give a file now.
         DamagedStore: no commit is whole.
     """
     path, disk = expand_home(path), disk or Disk()

@@ -9,11 +9,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from state.head import Cursor, Head
-from state.layout import Layout
-from state.objects import ZARR, ObjectWriter
+from state.layout import Layout, SiteArray
+from state.objects import ObjectWriter, array_files
+from state.paths import ZARR
 from state.statistics import STATISTICS
 
 METADATA_BYTES = 1024
+TOKENS_PER_CHUNK = 2**22
 NODE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.@-]*")
 
 
@@ -102,6 +104,48 @@ def _check_generation(generation: Generation) -> None:
             )
 
 
+def planned_files(update: Update, group: str | None, head: Head) -> list[str]:
+    """Every file that `put_update` will write, before it does."""
+    files: list[str] = []
+    if update.generation is not None and group is not None:
+        statistics = {name for array in update.generation.layout.arrays for name in array.statistics}
+        files += [f"{ZARR}/{name}/zarr.json" for name in (group, *(f"{group}/{one}" for one in statistics))]
+        for array in update.generation.layout.arrays:
+            for statistic in array.statistics:
+                shape = array.shape(statistic)
+                files += array_files(f"{group}/{statistic}/{array.key}", shape, _chunks(array, statistic))
+    for solution in update.solutions:
+        own = _solution_group(solution)
+        groups = {"solutions", f"solutions/{solution.solver_id}", own}
+        new = [f"{ZARR}/{name}/zarr.json" for name in groups]
+        files += [path for path in new if path not in head.objects]
+        for name, values in solution.arrays.items():
+            files += array_files(f"{own}/{name}", values.shape, values.shape)
+    return sorted(set(files))
+
+
+def put_tokens(objects: ObjectWriter, tokens: NDArray[np.int32]) -> None:
+    """Write the token matrix, int32 [windows, seq]."""
+    axes = ("window", "position")
+    objects.array("tokens", tokens, fill=-1, axes=axes, chunks=_token_chunks(tokens))
+
+
+def token_files(tokens: NDArray[np.int32]) -> list[str]:
+    """Every file that `put_tokens` will write."""
+    return list(array_files("tokens", tokens.shape, _token_chunks(tokens)))
+
+
+def _token_chunks(tokens: NDArray[np.int32]) -> tuple[int, int]:
+    windows_per_chunk = max(1, TOKENS_PER_CHUNK // max(tokens.shape[1], 1))
+    return min(windows_per_chunk, max(tokens.shape[0], 1)), tokens.shape[1]
+
+
+def _chunks(array: SiteArray, statistic: str) -> tuple[int, ...]:
+    """One layer of an array at a time."""
+    shape = array.shape(statistic)
+    return (1, *shape[1:]) if "layer" in array.axes(statistic) else shape
+
+
 def put_update(objects: ObjectWriter, update: Update, group: str | None, head: Head) -> None:
     """Write the statistics of `update` to the new `group`, and its solutions; nothing refers to them yet."""
     if update.generation is not None and group is not None:
@@ -117,13 +161,12 @@ def _put_generation(objects: ObjectWriter, group: str, generation: Generation) -
     for array in generation.layout.arrays:
         for statistic in array.statistics:
             values = generation.arrays[f"{statistic}/{array.key}"]
-            axes = array.axes(statistic)
             objects.array(
                 f"{group}/{statistic}/{array.key}",
                 values,
                 fill=STATISTICS[statistic].fill,
-                axes=axes,
-                chunks=(1, *values.shape[1:]) if "layer" in axes else values.shape,
+                axes=array.axes(statistic),
+                chunks=_chunks(array, statistic),
                 attributes={"pattern": array.pattern, "role": array.role, "layers": list(array.layers)},
             )
 

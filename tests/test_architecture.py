@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from stages.formats import TABLE
 from tests.imports import find_circle, import_graph, imported, read_sources
 from tests.rooms import forbidden, room_graph
 
@@ -69,6 +70,18 @@ def test_files_are_short_and_say_what_they_are(path: Path) -> None:
 def test_each_folder_says_in_a_line_or_two_what_belongs_there(folder: Path) -> None:
     said = ast.get_docstring(ast.parse((folder / "__init__.py").read_text(encoding="utf-8"))) or ""
     assert 1 <= len(said.split("\n\n")[0].splitlines()) <= 2
+
+
+@pytest.mark.parametrize("path", FILES, ids=name_of)
+def test_only_the_table_knows_formats_by_name(path: Path) -> None:
+    if path.is_relative_to(ROOT / "stages/formats"):
+        return
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Compare | ast.MatchValue):
+            named = [one.value for one in ast.walk(node) if isinstance(one, ast.Constant)]
+            assert not TABLE.keys() & {value for value in named if isinstance(value, str)}, (
+                f"line {node.lineno}"
+            )
 
 
 @pytest.mark.parametrize("arguments", [["--help"], ["status", "nowhere"], ["calibrate", "--help"]], ids=str)

@@ -41,11 +41,16 @@ def calibrate(settings: CalibrateSettings, progress: Progress) -> Summary:
             raise Stopped(stop_message(stop, settings, "before the first batch"))
         if isinstance(held, Claim):
             held = stack.enter_context(held.create(_record(settings, work), work.tokens))
+        else:
+            held.restore_tokens(work.tokens)
+        said = len(held.notes)
         _keep_plan(settings, work)
         tokens, did_something = 0, False
         while (schedule := next_schedule(settings, work, held.head)) is not None:
             tokens += Pass(settings, work, held, stop, progress).run(schedule)
             did_something = True
+        for note in held.notes[said:]:
+            progress.warn(note)
         Disk().delete(settings.run / FOLDER)
         if not did_something:
             progress.note(f"{settings.run} is finished; nothing to do")

@@ -51,7 +51,7 @@ def observed(run: Calibration, quantizers: QuantizerPlan) -> Observed:
     kv = {
         name: _amax(run, Site(attention, role))
         for attention, cache in quantizers.kv.items()
-        if cache == "fp8"
+        if cache != "fp8_cast"
         for name, role in zip(kv_quantizers(attention), KV_ROLES, strict=True)
     }
     weights = {module: _tensor(run, "weight_amax", Site(module, "weight")) for module in quantizers.weights}

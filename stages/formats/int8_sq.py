@@ -22,7 +22,6 @@ class Int8Sq(WeightFormat):
     input_bound = 127.0
     solvers = frozenset({"awq_lite", "awq_clip", "awq_full", "gptq", "smoothquant"})
     weight_axis = 0
-    engines = ("trtllm",)
 
     def stored(self, rows: int, columns: int) -> list[StoredTensor]:
         return [StoredTensor("weight", "I8", (rows, columns)), StoredTensor("weight_scale", "F32", (rows,))]

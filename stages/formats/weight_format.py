@@ -49,7 +49,7 @@ class WeightFormat(ABC):
             parameter; none.
         solvers: the solvers that can search a weight of this format.
         weight_axis: the axis along which modelopt's weight quantizer must have its scales; None: any.
-        engines: those that load a checkpoint with such weights.
+        engines: those that are known to load a checkpoint with such weights.
     """
 
     block_size: int

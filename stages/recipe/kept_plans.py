@@ -20,7 +20,7 @@ from stages.recipe.model_plan import ModelPlan, Scales
 from stages.recipe.quantizer_plan import KvFormat, QuantizerPlan
 from stages.recipe.recipes import Recipe, is_shipped
 from state.durable import Disk
-from state.errors import OutOfSpace
+from state.errors import InputError
 from state.identity import digest, digest_json
 from state.source import Source
 
@@ -67,14 +67,16 @@ def kept_plan(run: Path, folder: Path, source: Source, recipe_name: str) -> Mode
 
 
 def keep_plan(run: Path, folder: Path, source: Source, recipe_name: str, plan: ModelPlan) -> None:
-    """Keep a plan beside a run. A run that can't be written to, or a full disk, is left as it is."""
+    """Keep a plan beside a run. A run that can't be written to, a full disk, or a link to elsewhere is left
+    as it is.
+    """
     path = _path(run, folder, source, recipe_name)
-    if path is None or path.is_file():
+    if path is None or path.is_file() or path.parent.is_symlink():
         return
     content = _to_kept(plan).model_dump_json().encode()  # in the plan's own order, which reports follow
     try:
         Disk().publish(path, digest(content).encode() + b"\n" + content)
-    except (OSError, OutOfSpace):
+    except (OSError, InputError):
         return
 
 

@@ -63,7 +63,18 @@ def typed(tmp_path: Path) -> Callable[..., list[str]]:
 def test_make_alone_lists_every_target() -> None:
     listed = make().stdout
     tests = ("test", "test-newest", "test-oldest", "test-long", "crash-test")
-    for target in ("help", "calibrate", "export", "status", *tests, "lint", "bench", "clean"):
+    for target in (
+        "help",
+        "calibrate",
+        "export",
+        "status",
+        "check",
+        "repair",
+        *tests,
+        "lint",
+        "bench",
+        "clean",
+    ):
         assert f"  make {target} " in listed
 
 
@@ -73,7 +84,8 @@ def test_nothing_given_is_the_demo(typed: Callable[..., list[str]]) -> None:
     ]  # fmt: skip
     assert typed("export") == ["export", "runs/demo", "exports/demo-nvfp4"]
     assert typed("export", "RECIPE=fp8") == ["export", "runs/demo", "exports/demo-fp8", "--recipe", "fp8"]
-    assert typed("status") == ["status", "runs/demo"]
+    for command in ("status", "check", "repair"):
+        assert typed(command) == [command, "runs/demo"]
 
 
 def test_variables_reach_the_command_line(typed: Callable[..., list[str]]) -> None:
@@ -110,7 +122,8 @@ def test_any_character_reaches_the_command_line(typed: Callable[..., list[str]],
     assert typed("export", f"RUN={value}", f"OUT=o{value}", f"MODEL={value}") == [
         "export", value.lstrip(), f"o{value}", "--model", value.lstrip(),
     ]  # fmt: skip
-    assert typed("status", f"RUN={value}") == ["status", value.lstrip()]
+    for command in ("status", "check", "repair"):
+        assert typed(command, f"RUN={value}") == [command, value.lstrip()]
 
 
 @pytest.mark.parametrize("value", AWKWARD)

@@ -58,6 +58,30 @@ class FailingDisk(CountingDisk):
             raise OSError(self.error, os.strerror(self.error))
 
 
+class UnreadableDisk(Disk):
+    """Reports an error of the device instead of what is read: the first `times` times, for files whose path
+    ends in `name`.
+    """
+
+    def __init__(self, error: int, times: int, name: str = "") -> None:
+        self.error = error
+        self.times = times
+        self.name = name
+
+    def names(self, path: Path) -> Iterable[str]:
+        self._fail(path)
+        return super().names(path)
+
+    def bytes(self, path: Path) -> bytes:
+        self._fail(path)
+        return super().bytes(path)
+
+    def _fail(self, path: Path) -> None:
+        if self.times and str(path).endswith(self.name):
+            self.times -= 1
+            raise OSError(self.error, os.strerror(self.error))
+
+
 class ForgetfulDisk(CrashingDisk):
     """Knows what a power cut leaves: bytes that were fsynced, under names whose folder was fsynced."""
 

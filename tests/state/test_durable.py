@@ -2,13 +2,14 @@ import errno
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from state.durable import Disk
-from state.errors import InputError, OutOfSpace, RunBusy
-from tests.state.faults import CountingDisk, Crash, CrashingDisk, FailingDisk
+from state.errors import InputError, OutOfSpace, RunBusy, Unreadable, WriteFailed
+from tests.state.faults import CountingDisk, Crash, CrashingDisk, FailingDisk, UnreadableDisk
 
 
 def test_put_makes_parents_and_never_overwrites(tmp_path: Path) -> None:
@@ -64,12 +65,72 @@ def test_append_list_and_delete(tmp_path: Path) -> None:
     assert disk.list(tmp_path / "log/below") == []
 
 
-@pytest.mark.parametrize("error", [errno.ENOSPC, errno.EIO, errno.EDQUOT])
+@pytest.mark.parametrize("error", [errno.ENOSPC, errno.EDQUOT])
 def test_errors_of_the_device_name_path_and_bytes(tmp_path: Path, error: int) -> None:
     with pytest.raises(OutOfSpace, match="5 bytes are needed") as caught:
         FailingDisk(0, error).put(tmp_path / "a", b"12345")
     assert (caught.value.path, caught.value.needed) == (tmp_path / "a", 5)
     assert str(tmp_path / "a") in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("error", "words"),
+    [
+        (errno.EIO, "Input/output error"),
+        (errno.ESTALE, "Stale file handle"),
+        (errno.EMFILE, "Too many open files"),
+    ],
+)
+def test_errors_that_room_would_not_mend_say_what_they_are(tmp_path: Path, error: int, words: str) -> None:
+    with pytest.raises(WriteFailed) as caught:
+        FailingDisk(0, error).put(tmp_path / "a", b"12345")
+    assert f"{tmp_path / 'a'} could not be written: {words}" in str(caught.value)
+    assert "make room" not in str(caught.value)
+    assert caught.value.exit_code == 2
+
+
+@pytest.mark.parametrize(
+    "read", [lambda disk, path: disk.read(path), lambda disk, path: disk.list(path.parent)]
+)
+@pytest.mark.parametrize("error", [errno.EIO, errno.ESTALE, errno.EMFILE])
+def test_what_can_not_be_read_is_read_again_before_it_is_said(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: int, read: Callable[[Disk, Path], object]
+) -> None:
+    monkeypatch.setattr("state.durable.PAUSES", (0, 0, 0))
+    (tmp_path / "a").write_bytes(b"12345")
+    assert read(UnreadableDisk(error, times=3), tmp_path / "a") in (b"12345", ["a"])
+    with pytest.raises(Unreadable, match=f"{tmp_path}.* can't be read now: {os.strerror(error)}") as caught:
+        read(UnreadableDisk(error, times=4), tmp_path / "a")
+    assert (caught.value.exit_code, "try again" in str(caught.value)) == (2, True)
+
+
+def test_nothing_is_written_through_a_link(tmp_path: Path) -> None:
+    (tmp_path / "victim").write_bytes(b"mine")
+    for name in ("events.jsonl", "HEAD.tmp", ".lock", "object"):
+        (tmp_path / name).symlink_to(tmp_path / "victim")
+    disk = Disk()
+    with pytest.raises(InputError, match="symbolic link"):
+        disk.append(tmp_path / "events.jsonl", b"line\n")
+    with pytest.raises(InputError, match="symbolic link"):
+        disk.publish(tmp_path / "HEAD", b"new")
+    with pytest.raises(InputError, match="symbolic link"), disk.lock(tmp_path / ".lock"):
+        pass
+    with pytest.raises(FileExistsError):
+        disk.put(tmp_path / "object", b"new")
+    disk.remove(tmp_path / "object")
+    assert (tmp_path / "victim").read_bytes() == b"mine"
+
+
+def test_folders_go_only_when_empty_and_files_never_over_others(tmp_path: Path) -> None:
+    disk = Disk()
+    disk.put(tmp_path / "folder/mine", b"1")
+    assert not disk.remove_empty(tmp_path / "folder")
+    disk.move(tmp_path / "folder/mine", tmp_path / "other/place/mine")
+    assert disk.remove_empty(tmp_path / "folder") and disk.remove_empty(tmp_path / "folder")
+    disk.put(tmp_path / "second", b"2")
+    with pytest.raises(FileExistsError):
+        disk.move(tmp_path / "second", tmp_path / "other/place/mine")
+    assert disk.read(tmp_path / "other/place/mine") == b"1"
 
 
 def test_errors_of_access_name_the_path(tmp_path: Path) -> None:

@@ -20,7 +20,7 @@ from state.recovery import published
 from state.store import RunWriter
 from state.update import Generation, Solution, Update
 from tests.state import driver
-from tests.state.faults import FailingDisk
+from tests.state.faults import CountingDisk, Crash, CrashingDisk, FailingDisk
 
 GATE = "model.layers.L.mlp.experts.E.gate_proj.input"
 
@@ -34,7 +34,7 @@ def test_create_publishes_the_record_and_the_tokens(tmp_path: Path, unsynced: No
     with create_run(run, driver.RECORD, driver.TOKENS) as writer:
         assert (writer.head.number, writer.head.generation, writer.head.cursor) == (0, None, Cursor())
     assert names(run) == [".lock", "HEAD", "calibration.zarr", "events.jsonl", "heads", "run.json"]
-    assert names(run / "heads") == ["000000.json"]
+    assert names(run / "heads") == ["000000.json", "run.json"]
     reader = open_run(run)
     assert reader.record == driver.RECORD
     np.testing.assert_array_equal(reader.tokens, driver.TOKENS)
@@ -44,7 +44,7 @@ def test_create_publishes_the_record_and_the_tokens(tmp_path: Path, unsynced: No
 
 def test_a_finished_run_has_the_names_of_the_design(finished: Path) -> None:
     assert (finished / "HEAD").read_text().startswith("heads/000003.json xxh3:")
-    assert names(finished / "heads") == ["000002.json", "000003.json"]
+    assert names(finished / "heads") == ["000002.json", "000003.json", "run.json"]
     assert names(finished / "calibration.zarr") == ["g000002", "g000003", "solutions", "tokens", "zarr.json"]
     assert names(finished / "calibration.zarr/g000003") == ["amax", "tokens", "zarr.json"]
     assert names(finished / "calibration.zarr/g000003/amax") == ["lm_head.input", GATE, "zarr.json"]
@@ -69,7 +69,9 @@ def test_a_head_names_every_file_with_its_digest_and_has_its_own(finished: Path)
     assert content["objects"] == files
     own = content.pop("digest")
     assert own == digest_json(content)
-    assert (finished / "HEAD").read_text() == f"heads/000003.json {own}\n"
+    copy = (finished / "heads/000003.json").read_bytes()
+    assert (finished / "HEAD").read_bytes() == f"heads/000003.json {own}\n".encode() + copy
+    assert (finished / "heads/run.json").read_bytes() == (finished / "run.json").read_bytes()
 
 
 def test_plain_zarr_reads_the_store(finished: Path) -> None:
@@ -106,7 +108,7 @@ def test_numbers_go_on_after_resuming_and_two_generations_stay(halfway: Path) ->
         assert (writer.head.number, writer.head.cursor, writer.notes) == (2, Cursor(batch=2), ())
         update = Update(Cursor(batch=3), False, driver.observed(0))
         assert [writer.commit(update).number for _ in range(3)] == [3, 4, 5]
-    assert names(halfway / "heads") == ["000004.json", "000005.json"]
+    assert names(halfway / "heads") == ["000004.json", "000005.json", "run.json"]
     assert [name for name in names(halfway / "calibration.zarr") if name[0] == "g"] == ["g000004", "g000005"]
 
 
@@ -115,7 +117,7 @@ def test_a_commit_without_statistics_keeps_the_generation_and_the_one_before(hal
         for batch in (3, 4):
             head = writer.commit(Update(Cursor(pass_number=1, batch=batch), finished=True))
     assert (head.number, head.generation) == (4, "g000002")
-    assert names(halfway / "heads") == ["000001.json", "000004.json"]
+    assert names(halfway / "heads") == ["000001.json", "000004.json", "run.json"]
     assert [name for name in names(halfway / "calibration.zarr") if name[0] == "g"] == ["g000001", "g000002"]
     np.testing.assert_equal(dict(open_run(halfway).generation().arrays), driver.statistics_after(2))
 
@@ -201,6 +203,7 @@ def test_a_second_writer_is_refused_at_once_and_freed_by_close(halfway: Path) ->
 
 def test_a_failed_resume_frees_the_lock(halfway: Path) -> None:
     (halfway / "run.json").unlink()
+    (halfway / "heads/run.json").unlink()
     for _ in range(2):
         with pytest.raises(DamagedStore):
             RunWriter.resume(halfway)
@@ -284,8 +287,15 @@ def test_published_tells_a_run_from_an_unfinished_creation(halfway: Path, tmp_pa
     assert published(halfway, disk)
     assert not published(tmp_path / "absent", disk)
     with create_run(tmp_path / "new", driver.RECORD, driver.TOKENS):
-        (tmp_path / "new/HEAD").unlink()
-    assert not published(tmp_path / "new", disk)
+        pass
+    (tmp_path / "new/HEAD").unlink()
+    assert published(tmp_path / "new", disk)
+    steps = CountingDisk()
+    create_run(tmp_path / "count", driver.RECORD, driver.TOKENS, steps).close()
+    replaced = [step for step, _ in steps.steps].index("replace")
+    with pytest.raises(Crash):
+        create_run(tmp_path / "cut", driver.RECORD, driver.TOKENS, CrashingDisk(replaced))
+    assert (tmp_path / "cut/heads/000000.json").exists() and not published(tmp_path / "cut", disk)
 
 
 def test_no_torch_is_imported() -> None:
