@@ -25,7 +25,13 @@ from tests.crash.report import table, write_json
 from tests.crash.world import files_of
 
 MEMORY = Path("/dev/shm")
-PARTS = {"operations": operations, "damage": damages, "twice": situations, "cuts": cuts, "series": series}
+PARTS = {"twice": situations, "cuts": cuts, "series": series, "damage": damages, "operations": operations}
+"""In this order: the last one takes what is left of the time."""
+SAMPLE = {"damage": 200, "series": 20}
+FULL = {"series": 100}
+SHORT = {"twice": 2, "cuts": 0, "series": 1, "damage": 6, "operations": 16}
+"""The most trials of a part; what is not here has no limit."""
+SHORT_SCENARIOS = ["calibrate", "second pass", "resume", "repair", "export", "export overwriting"]
 NEEDS: dict[str, tuple[Sequence[str], Sequence[str]]] = {
     "operations": ((), ()),
     "damage": ([state.scenario for state in damage.STATES], DAMAGE_STATES),
@@ -69,8 +75,8 @@ def arguments() -> argparse.Namespace:
     names = [scenario.name for scenario in SCENARIOS]
     parser.add_argument("--full", action="store_true", help="every stratum with every fault")
     parser.add_argument("--more", type=int, default=1000, help="with --full: trials beyond one each")
-    parser.add_argument("--trials", type=int, help="at most so many")
-    parser.add_argument("--series", type=int, default=20, help="series of commands")
+    parser.add_argument("--trials", type=int, help="at most so many of each part")
+    parser.add_argument("--short", action="store_true", help="a few of everything, within a minute")
     parser.add_argument("--steps", type=int, default=12, help="steps of a series")
     parser.add_argument("--minutes", type=float, default=float("inf"), help="begin no trial after so many")
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="trials at a time")
@@ -81,8 +87,12 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--part", action="append", dest="parts", choices=list(PARTS), help="only these")
     parser.add_argument("--only", default="", help="only strata that contain this text")
     given = parser.parse_args()
-    given.scenarios = given.scenarios or names
+    given.scenarios = given.scenarios or (SHORT_SCENARIOS if given.short else names)
     given.parts = given.parts or list(PARTS)
+    limits = FULL if given.full else SHORT if given.short else SAMPLE
+    given.limits = {part: limits.get(part, given.trials) for part in PARTS}
+    if given.trials is not None:
+        given.limits = dict.fromkeys(PARTS, given.trials)
     return given
 
 

@@ -19,14 +19,12 @@ class Scenario:
         arguments: of `holdfast`; MODEL and DATA are replaced.
         template: the state it begins from: another scenario's end, or a `Halfway`, by name; None: nothing.
         makes: `run` or `out`: what is compared in the end.
-        mine: whether a person has put files into what the command works on.
     """
 
     name: str
     arguments: list[str]
     template: str | None
     makes: str
-    mine: bool = False
 
 
 @dataclass(frozen=True)
@@ -53,15 +51,28 @@ SCENARIOS = (
     Scenario("layerwise", calibrate(*LAYERS), None, "run"),
     Scenario("layerwise AWQ", calibrate(*LAYERS, "--recipe", AWQ), None, "run"),
     Scenario("layerwise GPTQ", calibrate(*LAYERS, "--recipe", GPTQ), None, "run"),
-    Scenario("second pass", calibrate(*LAYERS[2:], "--recipe", AWQ), "calibrate", "run", mine=True),
-    Scenario("two passes", calibrate(*LAYERS[2:], "--recipe", GPTQ), "half calibrate", "run", mine=True),
-    Scenario("resume", calibrate(*LAYERS, "--recipe", AWQ), "half AWQ", "run", mine=True),
+    Scenario("second pass", calibrate(*LAYERS[2:], "--recipe", AWQ), "calibrate", "run"),
+    Scenario("two passes", calibrate(*LAYERS[2:], "--recipe", GPTQ), "half calibrate", "run"),
+    Scenario("resume", calibrate(*LAYERS, "--recipe", AWQ), "half AWQ", "run"),
+    Scenario("repair", ["repair", "run"], "damaged AWQ", "run"),
     Scenario("export", export(), "calibrate", "out"),
     Scenario("export again", export(), "half export", "out"),
-    Scenario("export overwriting", export("--recipe", "fp8", "--overwrite"), "export", "out", mine=True),
+    Scenario("export overwriting", export("--recipe", "fp8", "--overwrite"), "export", "out"),
     Scenario("export AWQ", export("--recipe", AWQ), "layerwise AWQ", "out"),
     Scenario("export GPTQ", export("--recipe", GPTQ), "layerwise GPTQ", "out"),
 )
+
+
+@dataclass(frozen=True)
+class Spoilt:
+    """The state that a scenario leaves with damage done to it: these files are deleted."""
+
+    name: str
+    scenario: str
+    deleted: tuple[str, ...]
+
+
+SPOILT = (Spoilt("damaged AWQ", "layerwise AWQ", ("run/HEAD",)),)
 
 HALFWAY = (
     Halfway("half calibrate", "calibrate", 2),

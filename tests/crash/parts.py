@@ -21,6 +21,8 @@ from tests.crash.twice import SITUATIONS, try_situation
 TELL_EVERY = 100
 CUTS = 10
 """Real power cuts of one run."""
+SERIES = 1000
+"""Series of commands that there could be, as far as the laboratory counts them."""
 
 
 def operations(prepared: Prepared, given: argparse.Namespace, until: float) -> Part:
@@ -31,7 +33,7 @@ def operations(prepared: Prepared, given: argparse.Namespace, until: float) -> P
         if scenario in given.scenarios
     }
     drawn = everything(strata, given.seed, given.more) if given.full else stratified(strata, given.seed)
-    planned = _share(drawn, given)
+    planned = _share("operations", drawn, given)
     print(f"{distinct(strata):,} of the trials that are possible are of different kinds", flush=True)
     trials = prepared.laboratory.folder / "operations"
     pieces = [
@@ -44,7 +46,7 @@ def operations(prepared: Prepared, given: argparse.Namespace, until: float) -> P
 def damages(prepared: Prepared, given: argparse.Namespace, until: float) -> Part:
     """Damage to every kind of file."""
     drawn = [one for one in all_damages(prepared.laboratory, given.seed) if given.only in one.path]
-    planned = _share(drawn, given)
+    planned = _share("damage", drawn, given)
     trials = prepared.laboratory.folder / "damages"
     pieces = [
         partial(_damage, prepared, damaged, trials / str(number)) for number, damaged in enumerate(planned)
@@ -56,7 +58,7 @@ def damages(prepared: Prepared, given: argparse.Namespace, until: float) -> Part
 def situations(prepared: Prepared, given: argparse.Namespace, until: float) -> Part:
     """Two of everything."""
     drawn = [one for one in SITUATIONS if given.only in one.__name__]
-    planned = _share(drawn, given)
+    planned = _share("twice", drawn, given)
     trials = prepared.laboratory.folder / "situations"
     pieces = [partial(_situation, prepared, one, trials / str(number)) for number, one in enumerate(planned)]
     facts = [_facts("two of everything", one.__name__, one.__name__, 0) for one in planned]
@@ -71,7 +73,7 @@ def cuts(prepared: Prepared, given: argparse.Namespace, until: float) -> Part:
         return part
     chance = random.Random(given.seed)
     drawn = [(device.CUT[turn % len(device.CUT)], chance.randrange(2**32)) for turn in range(CUTS)]
-    planned = _share(drawn, given)
+    planned = _share("cuts", drawn, given)
     part.possible = sum(
         count
         for name in device.CUT
@@ -87,11 +89,11 @@ def cuts(prepared: Prepared, given: argparse.Namespace, until: float) -> Part:
 def series(prepared: Prepared, given: argparse.Namespace, until: float) -> Part:
     """Series of steps that hypothesis draws."""
     chance = random.Random(given.seed)
-    planned = _share([chance.randrange(2**32) for _ in range(given.series)], given)
+    planned = _share("series", [chance.randrange(2**32) for _ in range(SERIES)], given)
     trials = prepared.laboratory.folder / "series"
     pieces = [partial(_series, prepared, given.steps, number, trials / str(number)) for number in planned]
     facts = [_facts("series", "series", "any", number) for number in planned]
-    return gather(Part("series of commands", len(planned)), pieces, facts, trials, given.jobs, until)
+    return gather(Part("series of commands", SERIES), pieces, facts, trials, given.jobs, until)
 
 
 DAMAGE_STATES = tuple(dict.fromkeys(name for state in STATES for name in (state.template, state.other)))
@@ -116,9 +118,10 @@ def gather(
     return part
 
 
-def _share(drawn: list[Any], given: argparse.Namespace) -> list[Any]:
+def _share(part: str, drawn: list[Any], given: argparse.Namespace) -> list[Any]:
+    """The trials of a part that this shard makes, within its limit."""
     number, _, of = given.shard.partition("/")
-    return shard(drawn, int(number), int(of))[: given.trials]
+    return shard(drawn, int(number), int(of))[: given.limits[part]]
 
 
 def _operation(prepared: Prepared, plan: Planned, trial: Path) -> dict[str, Any]:

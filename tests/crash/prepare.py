@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from tests.crash import server
-from tests.crash.commands import HALFWAY, SCENARIOS, Halfway, Scenario
+from tests.crash.commands import HALFWAY, SCENARIOS, SPOILT, Halfway, Scenario
 from tests.crash.compare import Content, content, newest_head
 from tests.crash.faults import Fault, Striking
 from tests.crash.strata import Census
@@ -69,7 +69,7 @@ def needed(wanted: Sequence[str]) -> list[Scenario]:
 
 def _maker(state: str) -> str:
     """The scenario that a state comes from."""
-    return {one.name: one.scenario for one in HALFWAY}.get(state, state)
+    return {one.name: one.scenario for one in (*HALFWAY, *SPOILT)}.get(state, state)
 
 
 def _finish(laboratory: Laboratory, scenario: Scenario) -> dict[str, int]:
@@ -102,9 +102,11 @@ def _make_template(laboratory: Laboratory, state: str, strata: dict[str, dict[st
     if state in halfway:
         _kill_halfway(laboratory, halfway[state], target, strata)
     else:
-        shutil.copytree(laboratory.folder / "ends" / state, target)
+        shutil.copytree(laboratory.folder / "ends" / _maker(state), target)
     if (target / "run" / "HEAD").exists():
         put_files(target / "run", IN_RUN)
+    for name in {one.name: one.deleted for one in SPOILT}.get(state, ()):
+        (target / name).unlink()
     if (target / "out").is_dir():
         put_files(target / "out", IN_OUT)
 
