@@ -48,12 +48,12 @@ def main() -> int:
     print(f"seed {given.seed} (--seed={given.seed} draws the same trials)", flush=True)
     where = MEMORY if MEMORY.is_dir() and os.access(MEMORY, os.W_OK) else None
     folder = Path(tempfile.mkdtemp(prefix="holdfast-crash-", dir=where))
-    until = time.monotonic() + given.minutes * 60
     scenarios = given.scenarios if "operations" in given.parts else []
     scenarios = [*scenarios, *(name for part in given.parts for name in NEEDS[part][0])]
     states = [name for part in given.parts for name in NEEDS[part][1]]
     prepared = prepare(folder / "lab", list(dict.fromkeys(scenarios)), list(dict.fromkeys(states)))
     source = files_of(prepared.laboratory.source)
+    until = time.monotonic() + given.minutes * 60
     parts = [PARTS[name](prepared, given, until) for name in given.parts]
     if files_of(prepared.laboratory.source) != source:
         parts[0].results.append(touched_source())
@@ -78,7 +78,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--trials", type=int, help="at most so many of each part")
     parser.add_argument("--short", action="store_true", help="a few of everything, within a minute")
     parser.add_argument("--steps", type=int, default=12, help="steps of a series")
-    parser.add_argument("--minutes", type=float, default=float("inf"), help="begin no trial after so many")
+    parser.add_argument("--minutes", type=float, default=float("inf"), help="begin no trial after so many of them")
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="trials at a time")
     parser.add_argument("--shard", default="1/1", help="part i/n of the trials; same --seed for all parts")
     parser.add_argument("--seed", type=int, default=random.randrange(2**32), help="repeats the trials")

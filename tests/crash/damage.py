@@ -33,11 +33,11 @@ class State:
 
 
 STATES = (
-    State("finished run", "layerwise AWQ", "layerwise AWQ", "layerwise GPTQ"),
+    State("finished run", "layerwise AWQ", "layerwise AWQ", "calibrate"),
     State("half-finished run", "half AWQ", "layerwise AWQ", "half calibrate"),
-    State("run to be exported", "layerwise AWQ", "export AWQ", "layerwise GPTQ"),
-    State("finished export", "export", "export", "export GPTQ"),
-    State("half-finished export", "half export", "export", "export GPTQ"),
+    State("run to be exported", "layerwise AWQ", "export AWQ", "calibrate"),
+    State("finished export", "export", "export", "export AWQ"),
+    State("half-finished export", "half export", "export", "export AWQ"),
 )
 
 Spoil = Callable[[bytes, bytes | None, random.Random], bytes | None]

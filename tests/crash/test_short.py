@@ -1,4 +1,4 @@
-"""The laboratory's short form: a few trials of everything, by a fixed seed; `make crash-test` has the rest."""
+"""The short form of the laboratory: a few trials of everything, by a fixed seed."""
 
 import os
 import subprocess
