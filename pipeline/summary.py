@@ -6,7 +6,7 @@ from pipeline.progress import duration, quantity
 from pipeline.tables import coverage_rows, print_rows
 from stages.calibrate.summary import Summary
 from stages.commands import export_command
-from stages.export.folder import REPORT
+from stages.export.records import REPORT
 from stages.export.report import ExportReport
 
 

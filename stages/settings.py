@@ -119,7 +119,9 @@ class ExportSettings(Settings):
         description="Input scales that AWQ found: folded into the weights before, so that engines load a "
         "plain checkpoint, or kept apart as pre_quant_scale where modelopt keeps them apart.",
     )
-    overwrite: bool = Field(default=False, description="Replace another export that is at OUT.")
+    overwrite: bool = Field(
+        default=False, description="Replace another export that is at OUT; files that are not its own stay."
+    )
     partial: bool = Field(
         default=False, description="Export an unfinished run; the checkpoint's report says so."
     )

@@ -15,6 +15,7 @@ from typing import TypeVar
 from filelock import FileLock, Timeout
 
 from state.errors import InputError, OutOfSpace, RunBusy, Unreadable, WriteFailed
+from state.lock_file import holder, refuse_other_file
 
 DEVICE_ERRORS = {
     errno.ENOSPC: "no space left on the device",
@@ -23,6 +24,7 @@ DEVICE_ERRORS = {
 """Errors that room on the device would mend."""
 
 ACCESS_ERRORS = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.ENAMETOOLONG}
+ACCESS_ERRORS |= {errno.ELOOP, errno.ENOTEMPTY, errno.EBUSY, errno.EXDEV}
 WRITE_ERRORS = {
     errno.EIO,
     errno.ESTALE,
@@ -147,6 +149,12 @@ class Disk:
             else:
                 path.unlink(missing_ok=True)
 
+    def make_folder(self, path: Path) -> None:
+        """Make one folder, if it is not there. Its name is durable after `sync` of its parent."""
+        with self._writing(path, 0):
+            self.before("mkdir", path)
+            _make_folder(path)
+
     def list(self, path: Path) -> list[str]:
         """Names in a folder, sorted; none if it does not exist.
 
@@ -189,11 +197,11 @@ class Disk:
 
         Raises:
             RunBusy: another holder exists.
+            InputError: `path` is a file of somebody else, which the holder's number would overwrite.
         """
         with self._writing(path, 0):
             _make_folder(path.parent)
-            if path.is_symlink():
-                raise InputError(f"{path} is a symbolic link, which a lock must not be; remove it.")
+            refuse_other_file(path)
             # A soft lock (a marker file) would outlive a killed holder: a file system without flock is
             # refused.
             lock = FileLock(path, blocking=False, thread_local=False, fallback_to_soft=False)
@@ -201,7 +209,7 @@ class Disk:
                 lock.acquire()
             except Timeout:
                 raise RunBusy(
-                    f"{path.parent} is being written by {_holder(path)}. "
+                    f"{path.parent} is being written by {holder(path)}. "
                     f"Wait until it ends, or stop it, then give the same command again; "
                     f"`holdfast status {path.parent}` can be used meanwhile."
                 ) from None
@@ -214,6 +222,7 @@ class Disk:
             lock.release()
 
     def _write(self, path: Path, data: Bytes, flag: int) -> None:
+        # Never through a link: it may lead to a file of somebody else.
         descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW | flag, 0o666)
         try:
             view = memoryview(data).cast("B")
@@ -268,10 +277,3 @@ def _make_folder(path: Path) -> None:
         path.mkdir(parents=True, exist_ok=True)
     except FileExistsError as error:
         raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR)) from error
-
-
-def _holder(lock: Path) -> str:
-    try:
-        return f"process {int(lock.read_text())}"
-    except (OSError, ValueError):
-        return "another process"

@@ -1,241 +1,262 @@
-"""The folder of an export: made as OUT.partial, journaled file by file, published by one rename. No torch.
+"""The folder of an export: made as OUT.partial, journaled file by file, then published as OUT. No torch.
 
-    OUT.partial/holdfast_export.json    the export identity: what this checkpoint is made from; written first
+    OUT.partial/holdfast_partial.json   the mark: unfinished, and to become OUT
+    OUT.partial/holdfast_export.json    the export identity: what this checkpoint is made from
     OUT.partial/holdfast_journal.jsonl  one line per finished file: name, bytes, digest; replaced as a whole
+    OUT.partial/holdfast_writing.tmp    the file being written; it gets its name once it is journaled
     OUT.partial/...                     the files; one that the journal does not name is written again
 
-The first of the files is export_report.json, which has the recipe's name; the identity holds its digest. Both
-records stay in OUT, so that a later command can tell what OUT is and whether it is whole. They hold no
-times and no paths. The lock is the file .OUT.lock beside OUT, which stays.
+OUT.partial is there with its three records or not at all. The first of its files is export_report.json, which
+has the recipe's name; the identity holds its digest. Identity and journal stay in OUT, so that later commands
+can tell what OUT is and whether it is whole; while OUT has a mark it is unfinished. No record holds times or
+paths. Names prove nothing: what no record of ours names, with its size, is not ours and stays (see
+`ownership`). The lock is the file .OUT.lock beside OUT, which stays.
 """
 
-import json
-import mmap
+import os
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 
+from stages.export.begin import begin_partial
+from stages.export.ownership import foreign, is_folder, is_intact, is_ours, make_parents, remove_file
+from stages.export.place import Place, find_place
+from stages.export.publish import exchange, publish_whole, refuse_obstacles, remove_mark, remove_partial
+from stages.export.records import (
+    IDENTITY,
+    JOURNAL,
+    MARK,
+    RECORDS,
+    WORK_FILES,
+    WRITING,
+    Written,
+    decode_journal,
+    decode_mark,
+    encode_journal,
+    is_plain,
+    read_record,
+    shown,
+    written,
+)
+from stages.export.standing import Wanted, examine, mismatch, read_identity
+from stages.progress import Progress, Silent
 from state.durable import Bytes, Disk
-from state.errors import DamagedStore, Difference, IdentityMismatch, InputError, RunBusy
-from state.identity import digest
-
-IDENTITY = "holdfast_export.json"
-JOURNAL = "holdfast_journal.jsonl"
-REPORT = "export_report.json"
-RECORDS = frozenset({IDENTITY, JOURNAL, IDENTITY + ".tmp", JOURNAL + ".tmp"})
-
-
-@dataclass(frozen=True)
-class Written:
-    """One finished file; digest is `xxh3:<32 hex digits>` of its bytes."""
-
-    file: str
-    bytes: int
-    digest: str
+from state.errors import DamagedStore, InputError, RunBusy
 
 
 class ExportFolder:
-    """OUT while it is being made. Get one from `open_folder`, which holds the lock."""
+    """OUT while it is being made. Get one from `open_folder`, which holds the lock.
 
-    def __init__(
-        self, out: Path, identity: Mapping[str, str], disk: Disk, overwrite: bool, recipe: str | None
-    ) -> None:
-        self.out, self.identity, self.disk, self.recipe = out, dict(identity), disk, recipe
-        self.partial = out.with_name(out.name + ".partial")
-        self.replaced = out.with_name(out.name + ".replaced")
-        self.journal: dict[str, Written] = {}
-        self.finished = self._finished(overwrite)
-        if not self.finished:
-            self._resume(overwrite)
+    journal: the files that are finished. finished: OUT is whole, and nothing is to be done.
+    """
+
+    def __init__(self, place: Place, wanted: Wanted, disk: Disk, overwrite: bool, progress: Progress) -> None:
+        self.out, self.partial, self.place = place.out, place.partial, place
+        self.wanted, self.disk, self.progress = wanted, disk, progress
+        self.remedy = f"move {self.partial} away, then give the same command again"
+        self.standing = examine(disk, self.out, wanted, overwrite)
+        self.finished = self.standing.journal is not None
+        self.journal: dict[str, Written] = dict(self.standing.journal or {})
+        if self.finished:
+            self._tidy()
+            return
+        ours = self._ours_in_out()
+        refuse_obstacles(self.out, (*wanted.files, *RECORDS), ours)
+        if not self._taken_over(overwrite):
+            self.journal = begin_partial(disk, place, wanted.identity)
+        self._tell_foreign()
 
     def write(self, name: str, data: Bytes) -> None:
         """Add one file, durably. On return a rerun will not write it again."""
-        path = self.partial / name
-        if path.exists():
-            self.disk.delete(path)
-        self.disk.put(path, data)
-        self.disk.sync(dict.fromkeys((path.parent, self.partial)))
-        self.journal[name] = Written(name, len(data), digest(data))
-        self.disk.publish(self.partial / JOURNAL, _encode_journal(self.journal))
+        for work_file in WORK_FILES:
+            remove_file(self.disk, self.partial / work_file)
+        self.disk.put(self.partial / WRITING, data)
+        journal = self.journal | {name: written(name, data)}
+        self.disk.publish(self.partial / JOURNAL, encode_journal(journal))
+        self._settle(name)
+        self.journal = journal
 
     def publish(self) -> None:
-        """Make OUT.partial OUT, in one step. What OUT was before is gone only afterwards."""
-        named = {Path(file).parts[0] for file in self.journal} | {IDENTITY, JOURNAL}
-        for stray in set(self.disk.list(self.partial)) - named:
-            self.disk.delete(self.partial / stray)
-        if self.disk.list(self.out):
-            self._remove_export(self.replaced)
-            self.disk.rename(self.out, self.replaced)
-        self.disk.rename(self.partial, self.out)
-        self._remove_export(self.replaced)
+        """Make OUT the new export; files of other people in it stay.
+
+        Raises:
+            InputError: a foreign file has come where one of the export belongs. All is written: the same
+                command goes on once it is away.
+        """
+        if missing := set(self.wanted.files) - self.journal.keys():
+            raise ValueError(f"{shown(missing)} was never written")
+        if not self.disk.list(self.out) and not self._foreign_in_partial():
+            publish_whole(self.disk, self.partial, self.out)
+        elif (present := self.disk.list(self.out)) and not self.standing.replaced:
+            raise InputError(
+                f"{self.out} was empty and now holds {shown(present)}; move that away, "
+                "then give the same command again"
+            )
+        else:
+            refuse_obstacles(self.out, (*self.wanted.files, *RECORDS), self._ours_in_out())
+            exchange(
+                self.disk,
+                self.partial,
+                self.out,
+                self.wanted.identity,
+                self.journal,
+                self.standing.replaced,
+            )
         self.finished = True
 
-    def _finished(self, overwrite: bool) -> bool:
-        if not self.disk.list(self.out):
-            return False
-        stored = self._stored_identity(self.out)
-        if stored is None:
-            raise InputError(
-                f"{self.out} exists and is no export of Holdfast; choose another OUT, or remove it"
+    def _ours_in_out(self) -> set[str]:
+        """Names in OUT that may be replaced. Its records are proven by each other, or by its mark."""
+        ours = {entry.file for entry in self.standing.replaced if is_ours(self.out, entry)}
+        return ours | RECORDS if self.standing.replaced else ours
+
+    def _taken_over(self, overwrite: bool) -> bool:
+        """Go on with what an earlier process left in OUT.partial, or remove it. False where there is nothing.
+
+        Raises:
+            InputError: OUT.partial is not Holdfast's, or holds foreign files and would be removed.
+            IdentityMismatch: it is another export, and `overwrite` is off.
+            DamagedStore: its records are damaged, or OUT can't be gone on with, and `overwrite` is off.
+        """
+        present = self.disk.list(self.partial)
+        journal = self._stored_journal() if present else None
+        if journal is not None:
+            stored = self._stored_identity(journal)
+            if stored == self.wanted.identity:
+                self._take_over(journal)
+                return True
+            if not overwrite:
+                raise mismatch(self.disk, self.partial, stored, self.wanted)
+        if self.standing.exchanging and not overwrite:
+            raise DamagedStore(
+                f"{self.out} was being replaced, and what was to come into it is not in {self.partial}; "
+                "give the command again with --overwrite",
+                [self.partial.name],
             )
-        if stored != self.identity:
-            if not overwrite:
-                raise self._mismatch(self.out, stored)
+        if present:
+            self._discard(journal or {})
+        return False
+
+    def _stored_journal(self) -> dict[str, Written] | None:
+        """The journal of OUT.partial; None where a kill left no more than the mark while it was removed."""
+        mark = read_record(self.disk, self.partial / MARK, decode_mark, self.remedy)
+        if mark is None or mark.out != self.out.name:
+            raise InputError(
+                f"{self.partial} exists and is not Holdfast's unfinished export to {self.out.name}; move it "
+                "away, or choose another OUT"
+            )
+        return read_record(self.disk, self.partial / JOURNAL, decode_journal, self.remedy)
+
+    def _stored_identity(self, journal: Mapping[str, Written]) -> dict[str, str]:
+        return read_identity(self.disk, self.partial, journal, self.remedy)
+
+    def _take_over(self, journal: Mapping[str, Written]) -> None:
+        if unknown := journal.keys() - {IDENTITY} - set(self.wanted.files):
+            raise DamagedStore(
+                f"{self.partial / JOURNAL} names {shown(unknown)}, which this export does not have; "
+                f"{self.remedy}",
+                [JOURNAL],
+            )
+        refuse_obstacles(self.partial, set(self.wanted.files) - journal.keys(), ())
+        self.journal = {name: entry for name, entry in journal.items() if self._is_there(entry)}
+        for name in sorted(journal.keys() - self.journal.keys()):
+            path = self.partial / name
+            if os.path.lexists(path):
+                if not is_ours(self.partial, journal[name]):
+                    raise DamagedStore(
+                        f"{path} is not as Holdfast wrote it: another size, or no file. Move it away, then "
+                        "give the same command again; it will be written anew.",
+                        [name],
+                    )
+                self.disk.delete(path)
+            self.progress.note(f"{path} is missing or damaged; it is written again")
+
+    def _is_there(self, entry: Written) -> bool:
+        """Whether a journaled file is intact: in its place, already in OUT, or still to get its name."""
+        if is_intact(self.partial, entry):
+            return True
+        if os.path.lexists(self.partial / entry.file):
             return False
-        journal = _read_journal(self.disk, self.out)
-        damaged = [name for name, entry in journal.items() if not _intact(self.out / name, entry)]
-        if damaged or not journal:
-            if not overwrite:
-                names = ", ".join(damaged[:5]) or JOURNAL
-                raise DamagedStore(
-                    f"{self.out} is this export, but {names} is missing or damaged; give the command again "
-                    "with --overwrite",
-                    damaged,
-                )
+        if self.standing.exchanging and is_intact(self.out, entry):
+            return True
+        if not is_intact(self.partial, Written(WRITING, entry.bytes, entry.digest)):
             return False
-        self.journal = journal
-        self._remove_export(self.replaced)
+        self._settle(entry.file)
         return True
 
-    def _resume(self, overwrite: bool) -> None:
-        """Take over what an earlier process left in OUT.partial, if it was making the same checkpoint."""
+    def _settle(self, name: str) -> None:
+        """Give the file just written its name."""
+        refuse_obstacles(self.partial, [name], ())
+        make_parents(self.disk, self.partial, name)
+        self.disk.rename(self.partial / WRITING, self.partial / name)
+
+    def _discard(self, journal: Mapping[str, Written]) -> None:
+        """Remove an OUT.partial of another export."""
+        strangers = foreign(self.disk, self.partial, list(journal.values()), (*RECORDS, *WORK_FILES))
+        if strangers:
+            raise InputError(
+                f"{self.partial} would be removed, but holds {shown(strangers)}, not as Holdfast wrote it "
+                "or not Holdfast's; move it away, then give the same command again"
+            )
+        remove_partial(self.disk, self.partial, journal.values())
+
+    def _tidy(self) -> None:
+        """Do what a kill between the last file and the end has left to do."""
+        if self.standing.mark is None:
+            return
+        if self.standing.exchanging and is_folder(self.partial):
+            self._remove_rest()
+        remove_mark(self.disk, self.out)
+
+    def _remove_rest(self) -> None:
+        """Remove what an exchange has left of OUT.partial, but not what another command may go on with."""
         present = self.disk.list(self.partial)
-        stored = self._stored_identity(self.partial) if present else None
-        if present and stored is None:
-            if not set(present) <= RECORDS:
-                raise InputError(
-                    f"{self.partial} exists and is no export of Holdfast; remove it, or choose another OUT"
+        if present and MARK not in present:
+            return
+        journal = self._stored_journal() if present else None
+        if journal is None or self._stored_identity(journal) == self.wanted.identity:
+            remove_partial(self.disk, self.partial, (journal or {}).values())
+
+    def _foreign_in_partial(self) -> list[str]:
+        entries = list(self.journal.values())
+        return foreign(self.disk, self.partial, entries, (*RECORDS, *WORK_FILES))
+
+    def _tell_foreign(self) -> None:
+        """Name what is not ours and stays."""
+        kept = {
+            self.partial: self._foreign_in_partial(),
+            self.out: foreign(self.disk, self.out, self.standing.replaced, RECORDS),
+        }
+        for folder, names in kept.items():
+            if names:
+                self.progress.warn(
+                    f"{folder} holds {shown(names)}, which Holdfast did not write; it stays there"
                 )
-            self.disk.delete(self.partial)
-        elif stored is not None and stored != self.identity:
-            if not overwrite:
-                raise self._mismatch(self.partial, stored)
-            self._remove_export(self.partial)
-        elif stored is not None:
-            journal = _read_journal(self.disk, self.partial)
-            self.journal = {
-                name: entry for name, entry in journal.items() if _intact(self.partial / name, entry)
-            }
-            return
-        self.disk.publish(self.partial / IDENTITY, _encode_identity(self.identity))
-        self.disk.sync([self.partial.parent])
-
-    def _stored_identity(self, folder: Path) -> dict[str, str] | None:
-        try:
-            content = json.loads(self.disk.read(folder / IDENTITY))
-        except (OSError, ValueError):
-            return None
-        return content if isinstance(content, dict) else None
-
-    def _mismatch(self, folder: Path, stored: Mapping[str, str]) -> IdentityMismatch:
-        current = self.identity
-        found = [
-            Difference(field, stored.get(field), current.get(field))
-            for field in sorted(stored.keys() | current.keys())
-            if stored.get(field) != current.get(field)
-        ]
-        lines = [f"{folder} is another export; {len(found)} field(s) differ:"]
-        for difference in found:
-            if difference.field == "recipe":
-                difference = self._with_names(folder, difference)
-            lines.append(f"  {difference}")
-        lines.append("choose another OUT, or replace it with --overwrite")
-        return IdentityMismatch("\n".join(lines), found)
-
-    def _with_names(self, folder: Path, recipes: Difference) -> Difference:
-        """The digests of two recipes, with the recipes' names where they are known."""
-        try:
-            stored = json.loads(self.disk.read(folder / REPORT)).get("recipe")
-        except (OSError, ValueError, AttributeError):
-            stored = None
-        return Difference(recipes.field, _named(stored, recipes.stored), _named(self.recipe, recipes.current))
-
-    def _remove_export(self, folder: Path) -> None:
-        """Remove a folder of ours, its identity last: what a kill leaves of it is known as ours."""
-        if not self.disk.list(folder):
-            return
-        if self._stored_identity(folder) is None:
-            raise InputError(f"{folder} is in the way and is no export of Holdfast; remove it")
-        for name in self.disk.list(folder):
-            if name != IDENTITY:
-                self.disk.delete(folder / name)
-        self.disk.delete(folder)
 
 
 @contextmanager
 def open_folder(
-    out: Path,
-    identity: Mapping[str, str],
-    disk: Disk,
-    overwrite: bool = False,
-    recipe: str | None = None,
+    out: Path, wanted: Wanted, disk: Disk, overwrite: bool = False, progress: Progress | None = None
 ) -> Iterator[ExportFolder]:
     """Lock OUT and find out where its export stands.
 
-    recipe: the recipe's name, for people; the identity holds the digest of what it says.
-
     Raises:
         RunBusy: another process is exporting to OUT.
-        InputError: OUT or OUT.partial is something else, or may not be written.
+        InputError: OUT or what lies beside it is something else, or may not be read or written.
         IdentityMismatch: OUT or OUT.partial is an export of something else, and `overwrite` is off.
-        DamagedStore: OUT is this export with other bytes than were written, and `overwrite` is off.
+        DamagedStore: OUT is this export with other bytes than were written, and `overwrite` is off; or
+            records say nothing that could be trusted.
     """
-    _refuse_impossible(out)
+    place = find_place(out)
+    if strange := [name for name in wanted.files if not is_plain(name) or name in (*RECORDS, *WORK_FILES)]:
+        raise InputError(
+            f"{strange[0]!r} can't be the name of a file in a checkpoint; rename it in the source"
+        )
     with ExitStack() as stack:
         try:
-            stack.enter_context(disk.lock(out.with_name(f".{out.name}.lock")))
+            stack.enter_context(disk.lock(place.lock))
         except RunBusy:
             raise RunBusy(
                 f"another process is exporting to {out}. Wait until it ends, or stop it, then give the same "
                 "command again."
             ) from None
-        yield ExportFolder(out, identity, disk, overwrite, recipe)
-
-
-def _refuse_impossible(out: Path) -> None:
-    """Raise InputError where no folder can be made at `out`."""
-    if out.name in ("", ".."):
-        raise InputError(f"{out} is no name for a folder to be made; choose another OUT")
-    if out.exists() and not out.is_dir():
-        raise InputError(f"{out} is a file; OUT must be a folder to be made")
-    parent = out.parent
-    while not parent.exists() and parent != parent.parent:
-        parent = parent.parent
-    if not parent.is_dir():
-        raise InputError(f"{parent} is not a folder, so {out} can't be made; choose another OUT")
-
-
-def _named(name: str | None, content: str | None) -> str | None:
-    return f"{name} ({content})" if name and content else content
-
-
-def _encode_identity(identity: Mapping[str, str]) -> bytes:
-    return (json.dumps(dict(sorted(identity.items())), indent=2, ensure_ascii=False) + "\n").encode()
-
-
-def _encode_journal(journal: Mapping[str, Written]) -> bytes:
-    lines = [json.dumps(vars(journal[name]), ensure_ascii=False) + "\n" for name in sorted(journal)]
-    return "".join(lines).encode()
-
-
-def _read_journal(disk: Disk, folder: Path) -> dict[str, Written]:
-    """What the journal names: nothing, if it is missing or malformed, so that all is written again."""
-    try:
-        lines = disk.read(folder / JOURNAL).decode().splitlines()
-        entries = [Written(**json.loads(line)) for line in lines]
-    except (OSError, ValueError, TypeError):
-        return {}
-    return {entry.file: entry for entry in entries}
-
-
-def _intact(path: Path, entry: Written) -> bool:
-    try:
-        if path.stat().st_size != entry.bytes:
-            return False
-        if entry.bytes == 0:
-            return digest(b"") == entry.digest
-        with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as view:
-            return digest(memoryview(view)) == entry.digest
-    except OSError:
-        return False
+        yield ExportFolder(place, wanted, disk, overwrite, progress or Silent())

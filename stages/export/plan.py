@@ -8,9 +8,9 @@ from stages.commands import calibrate_command
 from stages.export.apply_solver import Subject, apply_solver
 from stages.export.carried import carried_files
 from stages.export.decide import decide
-from stages.export.folder import REPORT
 from stages.export.observed import Observed, observed
 from stages.export.provenance import export_identity, require_same_config, require_same_shapes
+from stages.export.records import REPORT
 from stages.export.report import ExportReport, describe
 from stages.export.shards import index
 from stages.export.tensors import Ingredients

@@ -3,10 +3,12 @@
 from dataclasses import replace
 from time import monotonic
 
-from stages.export.folder import REPORT, ExportFolder, open_folder
+from stages.export.folder import ExportFolder, open_folder
 from stages.export.plan import ExportPlan, plan_export
+from stages.export.records import REPORT
 from stages.export.report import ExportReport
 from stages.export.shards import encode
+from stages.export.standing import Wanted
 from stages.export.tensors import TensorMaker
 from stages.progress import Progress, Silent
 from stages.settings import ExportSettings
@@ -33,7 +35,9 @@ def export(
     progress, disk = progress or Silent(), disk or Disk()
     started = monotonic()
     plan = plan_export(settings, progress)
-    with open_folder(settings.out, plan.identity, disk, settings.overwrite, plan.report.recipe) as folder:
+    files = {shard.file for shard in plan.shards} | plan.files.keys()
+    wanted = Wanted(plan.identity, files, plan.report.recipe)
+    with open_folder(settings.out, wanted, disk, settings.overwrite, progress) as folder:
         if folder.finished:
             progress.note(f"{settings.out} is finished already; nothing was written")
             return replace(

@@ -65,6 +65,35 @@ def test_append_list_and_delete(tmp_path: Path) -> None:
     assert disk.list(tmp_path / "log/below") == []
 
 
+def test_folders_are_made_one_by_one(tmp_path: Path) -> None:
+    disk = CountingDisk()
+    disk.make_folder(tmp_path / "a")
+    disk.make_folder(tmp_path / "a")
+    assert disk.list(tmp_path) == ["a"]
+    assert {step for step, _ in disk.steps} == {"mkdir"}
+
+
+@pytest.mark.parametrize("content", [b"a poem", b"12 monkeys", b"\n\n", None])
+def test_a_file_that_is_no_lock_is_not_taken_for_one(tmp_path: Path, content: bytes | None) -> None:
+    if content is None:
+        (tmp_path / ".lock").mkdir()
+    else:
+        (tmp_path / ".lock").write_bytes(content)
+    with (
+        pytest.raises(InputError, match=r"\.lock is in the way: it is no lock"),
+        Disk().lock(tmp_path / ".lock"),
+    ):
+        pass
+    assert content is None or (tmp_path / ".lock").read_bytes() == content
+
+
+@pytest.mark.parametrize("content", [b"", b"4711\n", b"47"])
+def test_a_lock_of_ours_is_taken_again(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / ".lock").write_bytes(content)
+    with Disk().lock(tmp_path / ".lock"):
+        assert (tmp_path / ".lock").read_text() == f"{os.getpid()}\n"
+
+
 @pytest.mark.parametrize("error", [errno.ENOSPC, errno.EDQUOT])
 def test_errors_of_the_device_name_path_and_bytes(tmp_path: Path, error: int) -> None:
     with pytest.raises(OutOfSpace, match="5 bytes are needed") as caught:
@@ -113,7 +142,7 @@ def test_nothing_is_written_through_a_link(tmp_path: Path) -> None:
         disk.append(tmp_path / "events.jsonl", b"line\n")
     with pytest.raises(InputError, match="symbolic link"):
         disk.publish(tmp_path / "HEAD", b"new")
-    with pytest.raises(InputError, match="symbolic link"), disk.lock(tmp_path / ".lock"):
+    with pytest.raises(InputError, match="is no lock"), disk.lock(tmp_path / ".lock"):
         pass
     with pytest.raises(FileExistsError):
         disk.put(tmp_path / "object", b"new")

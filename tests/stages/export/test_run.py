@@ -112,6 +112,17 @@ class TestResume:
             == "FP8"
         )
 
+    def test_a_persons_files_in_out_outlive_an_overwrite(self, made: Path, tmp_path: Path) -> None:
+        out = tmp_path / "out"
+        run_export(made, out, recipe="nvfp4", shard_size=10_000)
+        (out / "README.md").write_text("by hand")
+        (out / "eval").mkdir()
+        (out / "eval" / "scores.json").write_text("{}")
+        run_export(made, out, recipe="fp8", overwrite=True)
+        run_export(made, tmp_path / "fp8", recipe="fp8")
+        kept = {"README.md": b"by hand", "eval/scores.json": b"{}"}
+        assert tree(out) == tree(tmp_path / "fp8") | kept
+
 
 class TestPolicies:
     def test_every_quantizer_touched_is_in_the_report(self, made: Path, tmp_path: Path) -> None:
