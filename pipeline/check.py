@@ -29,8 +29,7 @@ def check(run: Path) -> None:
     if checked.unreadable:
         raise InputError(
             f"{run}: {len(checked.unreadable)} files can't be read now: {', '.join(checked.unreadable)}; try "
-            "again. "
-            f"If they stay so, this sets them aside: {repair_command(str(run))}"
+            f"again. If they stay so, this sets them aside: {repair_command(str(run))}"
         )
 
 

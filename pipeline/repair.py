@@ -33,7 +33,6 @@ def repair(run: Path) -> None:
     if missing:
         raise DamagedStore(
             f"{run}: {', '.join(missing)} stays damaged. Statistics can be exported; this writes it again "
-            "from the "
-            f"same data: {calibrate}. {check_command(str(run))} names what is left.",
+            f"from the same data: {calibrate}. {check_command(str(run))} names what is left.",
             missing,
         )

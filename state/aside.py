@@ -37,7 +37,12 @@ class SetAside:
     def keep_copy(self, path: str) -> None:
         """Keep the bytes of a file that is about to be replaced in its place."""
         if self._exists(path):
-            self.disk.put(self.run / self._place() / path, self.disk.read(self.run / path))
+            try:
+                data = self.disk.read(self.run / path)
+            except OSError:  # lost bytes can't be copied
+                self.move(path)
+            else:
+                self.disk.put(self.run / self._place() / path, data)
 
     def sync(self) -> None:
         """Make it durable, and remove folders that are empty now."""

@@ -92,8 +92,7 @@ class Claim:
         if foreign:
             raise InputError(
                 f"{self.path} holds other files ({min(foreign)}), which no creation of Holdfast has written. "
-                "Choose "
-                "an empty or new folder for the run."
+                "Choose an empty or new folder for the run."
             )
 
     def __exit__(

@@ -59,8 +59,7 @@ def in_words(head: Head, faults: Sequence[BrokenObject]) -> list[str]:
         _, solver, layer = group.split("/")
         notes.append(
             f"{first}{f' and {len(more)} more files of it' if more else ''}: the solution of {solver} for "
-            "layer "
-            f"{layer} is lost, and nothing else; calibrating with its recipe makes it again"
+            f"layer {layer} is lost, and nothing else; calibrating with its recipe makes it again"
         )
     for fault in faults:
         if fault.path == RECORD:

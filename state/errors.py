@@ -30,8 +30,7 @@ class Unreadable(InputError):
     def __init__(self, path: Path, number: int, reason: str) -> None:
         super().__init__(
             f"{path} can't be read now: {reason}. Nothing that was committed is touched; try again. If it "
-            "stays "
-            "so and belongs to a run, `holdfast repair RUN` sets it aside."
+            "stays so and belongs to a run, `holdfast repair RUN` sets it aside."
         )
         self.path = path
         self.number = number
@@ -44,8 +43,7 @@ class WriteFailed(InputError):
     def __init__(self, path: Path, reason: str) -> None:
         super().__init__(
             f"{path} could not be written: {reason}. What was committed before is intact; look after the "
-            "device, "
-            "then give the same command again."
+            "device, then give the same command again."
         )
         self.path = path
         self.reason = reason

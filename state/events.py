@@ -13,7 +13,7 @@ def read_events(run: Path, disk: Disk) -> list[dict[str, Any]]:
     """The lines of the log; one cut short by a crash is left out."""
     try:
         lines = disk.read(run / EVENTS).splitlines()
-    except FileNotFoundError:
+    except OSError:  # there is none, or it is lost; of one that can't be read now Disk says so
         return []
     events = []
     for line in lines:

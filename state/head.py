@@ -14,7 +14,7 @@ from pydantic import ValidationError
 from state.errors import DamagedStore, InputError
 from state.frozen import Frozen
 from state.identity import Environment, canonical_json, digest_json
-from state.paths import GENERATION, OBJECT, ZARR, head_path
+from state.paths import GENERATION, OBJECT, RECORD, ZARR, head_path
 
 FORMAT = 2
 READABLE = (1, 2)
@@ -154,6 +154,8 @@ class Head(Frozen):
         except ValidationError as error:
             raise BrokenHead(str(error)) from error
         _refuse_other_names(head, run)
+        if RECORD not in head.objects:
+            raise BrokenHead(f"names no {RECORD}")
         return head
 
 
@@ -208,15 +210,13 @@ def _refuse_other_names(head: Head, run: Path) -> None:
     if head.number < 0 or (generation is not None and not GENERATION.fullmatch(generation)):
         raise DamagedStore(
             f"{run / head.path} names the generation {generation!r}, which no commit of Holdfast does. "
-            "Nothing in "
-            f"{run} was touched; it should not be trusted.",
+            f"Nothing in {run} was touched; it should not be trusted.",
             [head.path],
         )
     for path in head.objects:
         if not OBJECT.fullmatch(path):
             raise DamagedStore(
                 f"{run / head.path} names {path!r}, which is no file of a run. Nothing in {run} was touched; "
-                "it "
-                "should not be trusted.",
+                "it should not be trusted.",
                 [head.path],
             )

@@ -48,7 +48,8 @@ def mend(run: Path, found: Found, disk: Disk) -> Mended:
     disk.sync([run / HEADS, run])
     readable = [*found.passed_over, found.recorded, *older_heads(run, disk, found.recorded.number)]
     finish_cut_short(run, readable, found.last_number, disk)
-    heads = retained([found.recorded, *older_heads(run, disk, found.recorded.number)])
+    older = older_heads(run, disk, found.recorded.number)
+    heads = retained([found.recorded, *(head for head in older if head not in found.passed_over)])
     aside = SetAside(run, disk)
     objects, solved_behind = _with_carried(run, found, disk)
     _set_aside_damage(found, objects, heads, aside)
@@ -66,8 +67,7 @@ def mend(run: Path, found: Found, disk: Disk) -> Mended:
     if f"{HEAD}.tmp" in found_strays and f"{HEAD}.tmp" not in aside.moved:
         raise InputError(
             f"{run / HEAD}.tmp is in the way: no record of Holdfast names it, so it is not removed. Move it "
-            "elsewhere, "
-            "then give the same command again."
+            "elsewhere, then give the same command again."
         )
     older = [head for head in older_heads(run, disk, found.recorded.number) if head not in heads]
     drop(run, older, heads, disk)
@@ -126,7 +126,7 @@ def _with_carried(run: Path, found: Found, disk: Disk) -> tuple[dict[str, str], 
     """
     objects, behind = dict(found.head.objects), found.head.solved_behind
     for newer in found.passed_over[:1]:
-        if not newer.finished or found.head.finished:
+        if newer.number < found.recorded.number or not newer.finished or found.head.finished:
             continue
         solutions = {
             path: seen for path, seen in newer.objects.items() if path.startswith(f"{ZARR}/solutions/")

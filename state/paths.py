@@ -54,6 +54,5 @@ def refuse_links(run: Path, paths: Iterable[str]) -> None:
         if (run / folder).is_symlink():
             raise InputError(
                 f"{run / folder} is a symbolic link. A run is written and tidied up inside its own folder "
-                "alone: "
-                "put there what the link leads to, then give the same command again."
+                "alone: put there what the link leads to, then give the same command again."
             )

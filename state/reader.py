@@ -200,6 +200,8 @@ class Calibration:
     def _attributes(self, group: str) -> dict[str, Any]:
         path = f"{ZARR}/{group}/zarr.json"
         with self._checked():
+            if path not in self.head.objects:
+                raise BrokenObject(path, "is named by no commit")
             metadata = json.loads(read_object(self.path, path, self.head.objects[path], self._disk))
         attributes: dict[str, Any] = metadata["attributes"]
         return attributes

@@ -59,8 +59,7 @@ def refuse_lost_heads(run: Path, disk: Disk) -> None:
     if RECORD in names or RECORD_COPY.rpartition("/")[2] in heads:
         raise DamagedStore(
             f"{run} holds a run, but HEAD and all heads are lost, which say what counts of it. Nothing was "
-            "touched: "
-            f"`holdfast repair {run}` looks for whole statistics.",
+            f"touched: `holdfast repair {run}` looks for whole statistics.",
             [HEAD],
         )
 

@@ -61,7 +61,7 @@ def finish_cut_short(run: Path, keep: Collection[Head], published: int, disk: Di
         if name.endswith(DROPPED):
             try:
                 head = Head.decode(disk.read(run / HEADS / name), run)
-            except BrokenHead:
+            except (BrokenHead, OSError):
                 continue
             if f"{head.number:06d}{DROPPED}" == name:
                 _finish_dropping(run, head, keep, disk)

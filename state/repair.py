@@ -6,12 +6,14 @@ import errno
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from pydantic import ValidationError
 
 from state.aside import SetAside
+from state.damage import broken_objects, in_few_words
 from state.durable import Disk
 from state.errors import DamagedStore, InputError, Unreadable
 from state.events import read_events
@@ -28,7 +30,7 @@ from state.paths import (
     head_path,
     refuse_links,
 )
-from state.recovery import find_head, older_heads, published
+from state.recovery import Found, find_head, older_heads, published
 from state.store import RunWriter
 
 MEDIA_ERRORS = frozenset({errno.EIO, errno.EBADMSG, errno.EUCLEAN})
@@ -76,14 +78,26 @@ def repair_run(run: Path, disk: Disk | None = None) -> RunWriter:
         if not published(run, disk):
             raise DamagedStore(
                 f"{run}: HEAD and all heads are lost, and the log names no commit that the files there are. "
-                "Nothing "
-                "was touched. Restore heads/ from a copy, or calibrate into a new run: "
+                "Nothing was touched. Restore heads/ from a copy, or calibrate into a new run: "
                 "`holdfast calibrate MODEL DATA NEW_RUN`",
                 [HEADS],
             )
-        writer = RunWriter.at(run, disk, find_head(run, disk, verify=True), held.pop_all())
+        found = _with_older(run, find_head(run, disk, verify=True), disk)
+        writer = RunWriter.at(run, disk, found, held.pop_all())
     writer.notes = (*rebuilt, *writer.notes)
     return writer
+
+
+def _with_older(run: Path, found: Found, disk: Disk) -> Found:
+    """What was found, with older commits whose statistics are damaged: they are kept to fall back to
+    alone.
+    """
+    for older in older_heads(run, disk, found.recorded.number):
+        statistics = older.model_copy(update={"objects": older.statistics})
+        if faults := broken_objects(run, statistics, disk):
+            note = f"the older commit {older.number}: {in_few_words(faults)}; nothing newer needs it"
+            found = replace(found, notes=(*found.notes, note), passed_over=(*found.passed_over, older))
+    return found
 
 
 def _rebuild_newest(run: Path, disk: Disk) -> tuple[str, ...]:

@@ -213,7 +213,7 @@ class RunWriter:
     def _mend_events(self) -> None:
         try:
             torn = not self.disk.read(self.path / EVENTS).endswith(b"\n")
-        except FileNotFoundError:
+        except OSError:
             return
         if torn:
             self.disk.append(self.path / EVENTS, b"\n")
@@ -248,8 +248,7 @@ class RunWriter:
         aside.sync()
         note = (
             "statistics that were lost came out otherwise when they were made again: the solutions made "
-            "behind "
-            f"them are set aside in {self.path / str(aside.folder)}, and have to be made again"
+            f"behind them are set aside in {self.path / str(aside.folder)}, and have to be made again"
         )
         self.notes += (note,)
         self.event("set aside", note=note)

@@ -49,8 +49,7 @@ class Writing:
             if (run / path).exists() or (run / path).is_symlink():
                 raise InputError(
                     f"{run / path} is in the way: no commit names it, so it is not removed. Move it "
-                    "elsewhere, then "
-                    "give the same command again."
+                    "elsewhere, then give the same command again."
                 )
         disk.put(run / self.path, self.encode())
         disk.sync([run / HEADS])
@@ -69,7 +68,10 @@ def read_writing(run: Path, name: str, disk: Disk) -> Writing | None:
     match = NAME.fullmatch(name)
     if match is None:
         return None
-    data = disk.read(run / HEADS / name)
+    try:
+        data = disk.read(run / HEADS / name)
+    except OSError:  # gone by now, or lost
+        return None
     if not data.endswith(b"\n"):
         return Writing(int(match[1]), ()) if data[: len(BEGINNING)] == BEGINNING[: len(data)] else None
     try:

@@ -90,10 +90,14 @@ def test_crash_at_every_step_of_a_resumed_commit_that_collects_the_first(
         assert nothing_left_over(run), f"crash at step {at}"
 
 
+@pytest.mark.parametrize(
+    "damaged",
+    ["calibration.zarr/g000002/amax/lm_head.input/c.0", "calibration.zarr/zarr.json", "heads/000002.json"],
+)
 def test_crash_at_every_step_of_recovery(
-    tmp_path: Path, undisturbed: dict[str, bytes], two_commits: Path
+    tmp_path: Path, undisturbed: dict[str, bytes], two_commits: Path, damaged: str
 ) -> None:
-    (two_commits / "calibration.zarr/g000002/amax/lm_head.input/c.0").unlink()
+    (two_commits / damaged).write_bytes(b"damaged")
     steps = steps_of(shutil.copytree(two_commits, tmp_path / "count"), until=1)
     assert steps > 10
     for at in range(steps):
@@ -103,6 +107,7 @@ def test_crash_at_every_step_of_recovery(
         driver.drive(run)
         assert tree(run) == undisturbed, f"crash at step {at} of recovery"
         assert nothing_left_over(run), f"crash at step {at} of recovery"
+        assert b"damaged" in [path.read_bytes() for path in (run / "set-aside").rglob("*") if path.is_file()]
 
 
 def test_a_second_crash_during_the_rerun(tmp_path: Path, undisturbed: dict[str, bytes]) -> None:

@@ -1,6 +1,7 @@
 """`repair` makes heads again from whole files, and sets aside what stays unreadable."""
 
 import errno
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -109,6 +110,51 @@ def test_damaged_heads_are_no_reason_to_forget(finished: Path) -> None:
     assert after == before
     assert check_run(finished, Disk()).whole
     assert open_run(finished).head.finished
+
+
+def test_damage_to_the_commit_before_is_set_aside(finished: Path) -> None:
+    (finished / "calibration.zarr/g000002/amax/lm_head.input/c.0").write_bytes(b"x")
+    with repair_run(finished) as writer:
+        assert "the older commit 2: array g000002/amax/lm_head.input, c.0 is damaged" in writer.notes[0]
+        assert (writer.head.generation, writer.head.finished) == ("g000003", True)
+    assert check_run(finished, Disk()).whole
+    assert len(list((finished / "set-aside").rglob("g000002/amax/lm_head.input/c.0"))) == 1
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "HEAD",
+        "heads/000003.json",
+        "heads/000002.json",
+        "run.json",
+        "heads/run.json",
+        "events.jsonl",
+        "zarr.json",
+    ],
+)
+def test_any_file_may_stay_unreadable(finished: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    monkeypatch.setattr("state.durable.PAUSES", ())
+    monkeypatch.setattr("state.repair.LONG_PAUSES", ())
+    if name == "zarr.json":
+        with pytest.raises(DamagedStore, match="cannot be read"):
+            repair_run(finished, Patient(errno.EIO, 10**6, name))
+        return
+    with repair_run(finished, Unlucky(finished / name)) as writer:
+        assert (writer.head.generation, writer.head.finished) == ("g000003", True)
+    assert check_run(finished, Disk()).whole or name == "events.jsonl"
+
+
+class Unlucky(RepairDisk):
+    """One file's bytes are lost, wherever it is moved; a new file in its place can be read."""
+
+    def __init__(self, path: Path) -> None:
+        self.lost = path.stat().st_ino
+
+    def bytes(self, path: Path) -> bytes:
+        if path.exists() and path.stat().st_ino == self.lost:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return super().bytes(path)
 
 
 class Patient(RepairDisk, UnreadableDisk):
