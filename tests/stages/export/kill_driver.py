@@ -6,6 +6,7 @@ usage: kill_driver.py SCRATCH. Prints one JSON object: for each scenario the num
 
 import json
 import os
+import random
 import shutil
 import signal
 import sys
@@ -105,12 +106,18 @@ def killed(out: Path, at: int, overwrite: bool) -> bool:
 
 
 def survive(
-    scratch: Path, whole: dict[str, bytes], prepare: Callable[[Path], None], overwrite: bool = False
+    scratch: Path,
+    whole: dict[str, bytes],
+    prepare: Callable[[Path], None],
+    overwrite: bool = False,
+    twice: bool = False,
 ) -> int:
     """Kill at every operation. After each, OUT is as it was, marked as unfinished or whole, and foreign files
     are untouched; one more run finishes it.
+
+    twice: the run after each kill is killed too, at a random operation, before the one that finishes it.
     """
-    kills = 0
+    kills, chance = 0, random.Random(11)
     while True:
         shutil.rmtree(scratch, ignore_errors=True)
         out = scratch / "out"
@@ -123,10 +130,13 @@ def survive(
         inside = {name: before[name] for name in FOREIGN if name in before}
         if not killed(out, kills, overwrite):
             return kills
-        left = tree(out)
-        if left not in (before, whole | inside) and MARK not in left:
-            raise SystemExit(f"kill {kills}: OUT looks finished and is not: {sorted(left)}")
-        check_foreign(kills, scratch, foreign)
+        for again in (False, True)[: 1 + twice]:
+            if again:
+                killed(out, chance.randrange(60), overwrite)
+            left = tree(out)
+            if left not in (before, whole | inside) and MARK not in left:
+                raise SystemExit(f"kill {kills}: OUT looks finished and is not: {sorted(left)}")
+            check_foreign(kills, scratch, foreign)
         done, disk = journaled(scratch / "out.partial"), CountPuts()
         make(out, IDENTITY, disk, overwrite)
         if tree(out) != whole | inside:
@@ -170,7 +180,7 @@ def main() -> None:
         "fresh": survive(scratch / "fresh", whole, lambda _: None),
         "resumed": survive(scratch / "resumed", whole, lambda out: make(out, IDENTITY, Disk(), shards=1)),
         "overwrite": survive(scratch / "overwrite", whole, older, overwrite=True),
-        "foreign": survive(scratch / "foreign", whole, older_among_foreign_files, overwrite=True),
+        "foreign": survive(scratch / "foreign", whole, older_among_foreign_files, overwrite=True, twice=True),
         "other partial": survive(
             scratch / "other", whole, lambda out: make(out, OTHER, Disk(), shards=1), overwrite=True
         ),

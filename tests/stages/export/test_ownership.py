@@ -47,12 +47,13 @@ def refuse(out: Path, kind: type[HoldfastError], message: str, overwrite: bool =
     assert after == {name: data for name, data in before.items() if name != ".out.lock"}
 
 
-def rewrite_journal(folder: Path, **changes: str) -> None:
-    """Make the journal name another file in place of one."""
-    lines = (folder / JOURNAL).read_text()
-    for old, new in changes.items():
-        lines = lines.replace(json.dumps(old), json.dumps(new))
-    (folder / JOURNAL).write_text(lines)
+def rename_in_journal(folder: Path, old: str, new: str) -> None:
+    """Make the journal name another file in place of one, in the form that Holdfast writes."""
+    entries = [json.loads(line) for line in (folder / JOURNAL).read_text().splitlines()]
+    renamed = [entry | {"file": new} if entry["file"] == old else entry for entry in entries]
+    renamed.sort(key=lambda entry: entry["file"])
+    text = "".join(json.dumps(entry, ensure_ascii=False) + "\n" for entry in renamed)
+    (folder / JOURNAL).write_bytes(text.encode(errors="surrogatepass"))
 
 
 class TestInsideOut:
@@ -248,7 +249,7 @@ class TestNamesFromElsewhere:
         make(out, OTHER, Disk(), shards=2 if finished else 1)
         folder = out if finished else out.with_name("out.partial")
         out.with_name("victim").write_bytes((folder / SHARDS[0]).read_bytes())
-        rewrite_journal(folder, **{SHARDS[0]: name})
+        rename_in_journal(folder, SHARDS[0], name)
         refuse(out, DamagedStore, f"{JOURNAL} is damaged")
 
     def test_in_a_mark(self, out: Path) -> None:
