@@ -78,7 +78,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--trials", type=int, help="at most so many of each part")
     parser.add_argument("--short", action="store_true", help="a few of everything, within a minute")
     parser.add_argument("--steps", type=int, default=12, help="steps of a series")
-    parser.add_argument("--minutes", type=float, default=float("inf"), help="begin no trial after so many of them")
+    parser.add_argument("--minutes", type=float, default=float("inf"), help="begin none after so many")
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="trials at a time")
     parser.add_argument("--shard", default="1/1", help="part i/n of the trials; same --seed for all parts")
     parser.add_argument("--seed", type=int, default=random.randrange(2**32), help="repeats the trials")

@@ -16,7 +16,7 @@ from stages.export.records import IDENTITY as IDENTITY_FILE
 from stages.export.records import JOURNAL, MARK, REPORT
 from stages.export.standing import Wanted
 from state.durable import Disk
-from state.errors import DamagedStore, IdentityMismatch, InputError, OutOfSpace, WriteFailed, RunBusy
+from state.errors import DamagedStore, IdentityMismatch, InputError, OutOfSpace, RunBusy, WriteFailed
 from state.identity import Difference
 from tests.stages.export.kill_driver import FILES, IDENTITY, OTHER, SHARDS, CountPuts, make, tree
 
@@ -79,7 +79,7 @@ def test_an_error_at_every_operation(
     monkeypatch.setattr(os, "fsync", lambda _: None)
     make(tmp_path / "whole", IDENTITY, Disk())
     whole = tree(tmp_path / "whole")
-    expected = {errno.ENOSPC: OutOfSpace, WriteFailed, errno.EIO: WriteFailed}.get(code, InputError)
+    expected = {errno.ENOSPC: OutOfSpace, errno.EIO: WriteFailed}.get(code, InputError)
     operation = 0
     while True:
         out = tmp_path / str(operation) / "out"
@@ -219,6 +219,18 @@ def test_a_replacement_cut_short_goes_on_unasked_only_with_what_was_to_come(tmp_
     make(out, IDENTITY, Disk())
     make(tmp_path / "whole", IDENTITY, Disk())
     assert tree(out) == tree(tmp_path / "whole")
+
+
+def test_an_unfinished_export_that_lost_its_journal_is_damaged(tmp_path: Path) -> None:
+    out, partial = tmp_path / "out", tmp_path / "out.partial"
+    with pytest.raises(OutOfSpace):
+        make(out, IDENTITY, FailAt(60, errno.ENOSPC))
+    assert (partial / SHARDS[0]).exists()
+    (partial / JOURNAL).unlink()
+    left = tree(partial)
+    with pytest.raises(DamagedStore, match=r"holdfast_journal\.jsonl is missing; .*Move .*out\.partial away"):
+        make(out, IDENTITY, Disk())
+    assert tree(partial) == left
 
 
 def test_an_empty_folder_may_become_the_export(tmp_path: Path) -> None:
