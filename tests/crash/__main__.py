@@ -18,18 +18,26 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from tests.crash import damage, device, machine, twice
+from tests.crash.bits import STATES as BIT_STATES
 from tests.crash.commands import SCENARIOS
-from tests.crash.parts import DAMAGE_STATES, cuts, damages, operations, series, situations
+from tests.crash.parts import DAMAGE_STATES, bits, cuts, damages, operations, series, situations
 from tests.crash.prepare import prepare
 from tests.crash.report import table, write_json
 from tests.crash.world import files_of
 
 MEMORY = Path("/dev/shm")
-PARTS = {"twice": situations, "cuts": cuts, "series": series, "damage": damages, "operations": operations}
+PARTS = {
+    "twice": situations,
+    "cuts": cuts,
+    "bits": bits,
+    "series": series,
+    "damage": damages,
+    "operations": operations,
+}
 """In this order: the last one takes what is left of the time."""
 SAMPLE = {"damage": 200, "series": 20}
 FULL = {"series": 100}
-SHORT = {"twice": 2, "cuts": 0, "series": 1, "damage": 6, "operations": 16}
+SHORT = {"twice": 2, "cuts": 0, "bits": 10, "series": 1, "damage": 6, "operations": 16}
 """The most trials of a part; what is not here has no limit."""
 SHORT_SCENARIOS = ["calibrate", "second pass", "resume", "repair", "export", "export overwriting"]
 NEEDS: dict[str, tuple[Sequence[str], Sequence[str]]] = {
@@ -38,6 +46,7 @@ NEEDS: dict[str, tuple[Sequence[str], Sequence[str]]] = {
     "twice": (twice.NEEDS, twice.STATES),
     "cuts": (device.CUT, ()),
     "series": (machine.NEEDS, ()),
+    "bits": ((), BIT_STATES),
 }
 """For each part the scenarios whose ends it compares with, and the states it begins from."""
 

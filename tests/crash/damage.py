@@ -149,7 +149,8 @@ def judge(
         if damaged.path in counted and not SAID.search(ended.output):
             return Verdict("unsaid", "recovered, and the output does not tell of it")
         return Verdict("identical")
-    allowed = (2, 3, 4) if NO_RECORD.fullmatch(damaged.path) else (3, 4)
+    fell_back = "fell back to commit" in ended.output  # and what is refused is the older commit, by itself
+    allowed = (2, 3, 4) if fell_back or NO_RECORD.fullmatch(damaged.path) else (3, 4)
     if ended.code not in allowed or not NAMED.search(ended.output):
         return Verdict("unnamed", f"exit {ended.code}: {last_lines(ended)}")
     return Verdict("refused by name", last_lines(ended))

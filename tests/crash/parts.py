@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from tests.crash import device
+from tests.crash.bits import Record, bits_of, records, try_bits
 from tests.crash.commands import SCENARIOS
 from tests.crash.damage import STATES, all_damages, try_damage
 from tests.crash.interposer import READS
@@ -53,6 +54,21 @@ def damages(prepared: Prepared, given: argparse.Namespace, until: float) -> Part
     ]
     facts = [_facts(one.state.name, one.spoil, one.path, one.seed) for one in planned]
     return gather(Part("damage", len(drawn)), pieces, facts, trials, given.jobs, until)
+
+
+def bits(prepared: Prepared, given: argparse.Namespace, until: float) -> Part:
+    """Single bits of the small records; a trial is a record."""
+    laboratory = prepared.laboratory
+    drawn = [one for one in records(laboratory) if given.only in one.path]
+    random.Random(given.seed).shuffle(drawn)
+    planned = _share("bits", drawn, given)
+    trials = laboratory.folder / "bits"
+    pieces = [partial(_bits, prepared, one, given.full, given.seed) for one in planned]
+    facts = [_facts(one.state, "one bit, in process", one.path, 0) for one in planned]
+    part = gather(Part("single bits, by record", len(drawn)), pieces, facts, trials, given.jobs, until)
+    tried = sum(result["number"] for result in part.results)
+    print(f"{tried:,} bits of {len(part.results):,} records were inverted, one at a time", flush=True)
+    return part
 
 
 def situations(prepared: Prepared, given: argparse.Namespace, until: float) -> Part:
@@ -143,6 +159,11 @@ def _cut(prepared: Prepared, scenario: str, seed: int, trial: Path) -> dict[str,
 
 def _series(prepared: Prepared, steps: int, number: int, trial: Path) -> dict[str, Any]:
     return try_series(prepared, number, 1, steps, trial).as_json()
+
+
+def _bits(prepared: Prepared, record: Record, all_bits: bool, seed: int) -> dict[str, Any]:
+    chosen = bits_of(prepared.laboratory, record, all_bits, seed)
+    return try_bits(prepared.laboratory, record, chosen).as_json()
 
 
 def _of(plan: Planned) -> dict[str, Any]:
