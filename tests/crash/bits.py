@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from stages.export.records import decode_journal, decode_mark, encode_journal
+from stages.export.records import Written, decode_journal, decode_mark
 from stages.export.standing import damaged_files, read_identity
 from state.durable import Disk
 from state.errors import HoldfastError
@@ -83,8 +83,7 @@ def reader(folder: Path, name: str) -> Read | None:
         journal = decode_journal((export / "holdfast_journal.jsonl").read_bytes())
         return lambda data: read_identity(Giving(folder / name, data), export, journal, "")
     if name.endswith("/holdfast_journal.jsonl"):
-        journal = decode_journal((folder / name).read_bytes())
-        before = damaged_files(export, journal, set(journal) - {"holdfast_export.json"})
+        before = _counting((folder / name).read_bytes(), export)
         return lambda data: _journal(data, export, before)
     return decode_mark if name.endswith("/holdfast_partial.json") else None
 
@@ -124,13 +123,14 @@ def _pointer(data: bytes, run: Path) -> Any:
     return pointer
 
 
-def _journal(data: bytes, export: Path, before: list[str]) -> Any:
-    """A journal counts as far as the files are what it says; each other one is written again or refused.
-
-    before: the files that are not there yet, although the journal has them: they are about to get their name.
-    """
+def _counting(data: bytes, export: Path) -> set[Written]:
+    """The entries of a journal that count: those whose files are as they say. All others are written again
+    or refused."""
     journal = decode_journal(data)
-    names = set(journal) - {"holdfast_export.json"}
-    if set(damaged_files(export, journal, names)) - set(before):
-        raise Refused("names other files or bytes")
-    return encode_journal(journal)
+    damaged = damaged_files(export, journal, set(journal) - {"holdfast_export.json"})
+    return {entry for name, entry in journal.items() if name not in damaged}
+
+
+def _journal(data: bytes, export: Path, before: set[Written]) -> Any:
+    """Nothing but what counted before may count."""
+    return _counting(data, export) <= before
