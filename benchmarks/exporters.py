@@ -90,8 +90,7 @@ def modelopt(model: Path, out: Path, recipe: str, device: str) -> Prepare:
     from transformers import PreTrainedModel
 
     from benchmarks.modelopt_calibration import quantized
-    from benchmarks.models import SHARD_SIZE
-    from stages.calibrate.forward.whole_model import load_model
+    from benchmarks.models import SHARD_SIZE, load_whole
 
     import_models()
 
@@ -100,7 +99,7 @@ def modelopt(model: Path, out: Path, recipe: str, device: str) -> Prepare:
             observing(input_ids=torch.arange(256, device=device)[None], use_cache=False)
 
     def prepare() -> Export:
-        calibrated = quantized(load_model(model, torch.device(device), "eager"), recipe, calibration_loop)
+        calibrated = quantized(load_whole(model, torch.device(device), "eager"), recipe, calibration_loop)
 
         def export() -> None:
             with torch.inference_mode():

@@ -13,10 +13,9 @@ from numpy.typing import NDArray
 from transformers import PreTrainedModel
 
 from benchmarks.modelopt_calibration import quantized
-from benchmarks.models import Subject
+from benchmarks.models import Subject, load_whole
 from benchmarks.section import Section
 from benchmarks.timing import Timing, interleaved
-from stages.calibrate.forward.whole_model import load_model
 from stages.calibrate.observe.accumulate import Accumulators
 from stages.calibrate.observe.arrays import plan_layout
 from stages.calibrate.observe.attach import observed
@@ -48,7 +47,7 @@ class Pass:
 def compare_forwards(subject: Subject, device: torch.device, repeat: int) -> Section:
     """Seconds of each kind of pass, and their ratios to the bare forward with grouped experts."""
     tokens = subject.tokens()
-    bare = Pass(load_model(subject.model, device, "grouped_mm"), tokens, subject.batch)
+    bare = Pass(load_whole(subject.model, device, "grouped_mm"), tokens, subject.batch)
     skeleton = Skeleton(load_config(subject.model), Source.open(subject.model).tensors)
     statistics = Accumulators(plan_layout(skeleton, probe(skeleton, skeleton.model)), device)
 
@@ -69,7 +68,7 @@ def compare_forwards(subject: Subject, device: torch.device, repeat: int) -> Sec
         works: dict[str, Callable[[], None]] = {BARE: bare, OURS: ours, EAGER: eager, MODELOPT: modelopt}
         timings.update(interleaved(works, device, repeat))
 
-    quantized(load_model(subject.model, device, "eager"), "nvfp4", calibration_loop)
+    quantized(load_whole(subject.model, device, "eager"), "nvfp4", calibration_loop)
     return _section(subject, timings, tokens.size)
 
 

@@ -9,14 +9,16 @@ from pathlib import Path
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from transformers import AutoModelForCausalLM, Qwen3MoeConfig
+from transformers import AutoModelForCausalLM, PreTrainedModel, Qwen3MoeConfig
 
 from pipeline.demo import collect_documents, make_demo, write_tokenizer
-from stages.calibrate.forward.whole_model import load_tokenizer
+from stages.calibrate.forward.whole_model import load_model, load_tokenizer
 from stages.calibrate.run import calibrate
 from stages.calibrate.text.tokens import token_matrix
+from stages.model.skeleton import Skeleton, load_config
 from stages.progress import Silent
 from stages.settings import CalibrateSettings
+from state.source import Source
 
 SHARD_SIZE = 100_000_000
 """Bytes per shard of the random models and of all exports: small enough that streaming shows in memory."""
@@ -157,3 +159,9 @@ def random_moe(
     (folder / "text.jsonl").write_text("".join(lines), encoding="utf-8")
     name = f"random Qwen3-MoE of {parameters / 1e9:.2f} B parameters"
     return Subject(name, folder / "model", folder / "text.jsonl", samples, seq, batch=8)
+
+
+def load_whole(folder: Path, device: torch.device, experts: str) -> PreTrainedModel:
+    """The model in a folder as calibration loads it."""
+    source = Source.open(folder)
+    return load_model(Skeleton(load_config(folder), source.tensors), source, device, experts)

@@ -17,9 +17,8 @@ from torch.overrides import TorchFunctionMode
 from transformers import PreTrainedModel
 
 from benchmarks.dequantize import weight_of
-from benchmarks.models import Subject, clean_windows
+from benchmarks.models import Subject, clean_windows, load_whole
 from benchmarks.section import Section
-from stages.calibrate.forward.whole_model import load_model
 from stages.calibrate.observe.experts import GROUPED
 from stages.calibrate.run import calibrate
 from stages.export.run import export
@@ -57,7 +56,7 @@ def _losses_of_recipes(
     """Losses of the unquantized model, f64 [windows], and by kind and name of every recipe."""
     run, checkpoint = scratch / "quality-run", scratch / "quality-checkpoint"
     write_dequantized(subject.model, checkpoint)
-    base = losses(load_model(checkpoint, CPU, "grouped_mm"), windows)
+    base = losses(load_whole(checkpoint, CPU, "grouped_mm"), windows)
     found = {}
     for name, recipe in RECIPES.items():
         settings = CalibrateSettings(
@@ -74,7 +73,7 @@ def _losses_of_recipes(
         out = scratch / f"quality-{recipe.rpartition('/')[2]}"
         export(ExportSettings(run=run, out=out, recipe=recipe), Silent())
         input_scales = write_dequantized(out, checkpoint)
-        model = load_model(checkpoint, CPU, "grouped_mm")
+        model = load_whole(checkpoint, CPU, "grouped_mm")
         found["W4A16", name] = losses(model, windows)
         found["W4A4", name] = losses(model, windows, _by_weight(model, input_scales))
     return base, found

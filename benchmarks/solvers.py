@@ -16,13 +16,12 @@ from transformers import PreTrainedModel
 
 from benchmarks.forward import Pass
 from benchmarks.modelopt_calibration import quantized
-from benchmarks.models import Subject
+from benchmarks.models import Subject, load_whole
 from benchmarks.section import Section
 from benchmarks.timing import Timing, seconds, spread
-from stages.calibrate.forward.hidden import Limits
+from stages.calibrate.forward.buffers import Limits
 from stages.calibrate.forward.layer_weights import OUTSIDE, Weights, materialise_buffers
 from stages.calibrate.forward.layers import LayerwiseForward
-from stages.calibrate.forward.whole_model import load_model
 from stages.calibrate.observe.accumulate import Accumulators
 from stages.calibrate.observe.arrays import plan_layout
 from stages.calibrate.observe.relations import probe
@@ -141,6 +140,8 @@ class Resident:
             False,
             solver,
             lambda _tokens: None,
+            {},
+            print,
         )
 
         def run() -> None:
@@ -154,7 +155,7 @@ class Resident:
 def compare_solvers(subject: Subject, device: torch.device, scratch: Path, repeat: int) -> Section:
     """Seconds of each kind of pass at the subject's tokens and at GROWTH times as many."""
     resident = Resident(subject, device, scratch / "layerwise")
-    whole = load_model(subject.model, device, "grouped_mm")
+    whole = load_whole(subject.model, device, "grouped_mm")
     rows: list[tuple[str, ...]] = []
     figures: dict[str, float] = {"solved_parameters": resident.parameters}
     for grown in (subject, replace(subject, samples=GROWTH * subject.samples)):
@@ -210,5 +211,5 @@ def _ours(
 
 def _modelopt(subject: Subject, device: torch.device, recipe: str, tokens: NDArray[np.int32]) -> float:
     """Seconds of modelopt's loops over the tokens and its search, once."""
-    model = load_model(subject.model, device, "eager")
+    model = load_whole(subject.model, device, "eager")
     return seconds(lambda: quantized(model, recipe, lambda it: Pass(it, tokens, subject.batch)()), device)

@@ -15,10 +15,9 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel
 
-from benchmarks.models import Subject
+from benchmarks.models import Subject, load_whole
 from benchmarks.section import Section
 from benchmarks.timing import seconds, spread, synchronize
-from stages.calibrate.forward.whole_model import load_model
 from stages.calibrate.observe.accumulate import Accumulators
 from stages.calibrate.observe.arrays import STATISTICS_OF
 from stages.calibrate.schedule.whole import forward
@@ -53,7 +52,7 @@ def measure_stall(subject: Subject, scratch: Path, device: torch.device, repeat:
     layout, quantizers = simulated_layout()
     filled = simulated_statistics(layout, device)
     nbytes = sum(values.nbytes for values in filled.snapshot().values())
-    model = load_model(subject.model, device, "grouped_mm")
+    model = load_whole(subject.model, device, "grouped_mm")
     batches = torch.from_numpy(subject.tokens()).long().to(device).split(subject.batch)
     taken: list[float] = []
     with (

@@ -20,7 +20,7 @@ from stages.calibrate.identify import environment, identify
 from stages.calibrate.observe.arrays import quantizer_sites
 from stages.calibrate.observe.relations import probe, relations
 from stages.model.folder import locate
-from stages.model.skeleton import Skeleton, load_config, refuse_quantized
+from stages.model.skeleton import Skeleton, load_config, refuse_other_weights, refuse_quantized
 from stages.model.weights import largest_magnitude
 from stages.progress import Progress, Silent
 from stages.recipe.quantizers import plan_quantizers
@@ -60,6 +60,7 @@ def capture(
     folder = locate(source, None, progress)
     config = load_config(folder)
     refuse_quantized(config, folder)
+    refuse_other_weights(config, folder)
     tensors = Source.open(folder)
     skeleton = Skeleton(config, tensors.tensors)
     plan_quantizers(skeleton, resolve(recipe))
@@ -78,7 +79,7 @@ def capture(
     layout = Layout(arrays=arrange(widths, STATISTICS_OF), relations=relations(skeleton, found))
     record = RunRecord(
         settings={"recipe": recipe, "model": source, "captured": True},
-        identity=identify(folder, tensors, config, NO_TOKENS, progress),
+        identity=identify(folder, tensors, config, skeleton, NO_TOKENS, progress),
         environment=environment(skeleton, torch.device("cpu"), "captured", 0),
         source=SourceDescription(model=source),
         generator={"holdfast": version("holdfast"), "modelopt": version("nvidia-modelopt")},

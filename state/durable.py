@@ -140,15 +140,6 @@ class Disk:
                 raise
             return True
 
-    def delete(self, path: Path) -> None:
-        """Remove a file or a whole folder if it is there. Not synced: recovery deletes again."""
-        with self._writing(path, 0):
-            self.before("delete", path)
-            if path.is_dir() and not path.is_symlink():
-                shutil.rmtree(path)
-            else:
-                path.unlink(missing_ok=True)
-
     def make_folder(self, path: Path) -> None:
         """Make one folder, if it is not there. Its name is durable after `sync` of its parent."""
         with self._writing(path, 0):

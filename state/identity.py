@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import xxhash
 from numpy.typing import NDArray
+from pydantic import Field
 
 from state.durable import Bytes
 from state.errors import Difference, IdentityMismatch
@@ -87,6 +88,8 @@ class Identity(Frozen):
         tokenizer: name of each tokenizer file -> digest.
         tokens: `tokens_digest` of the token matrix.
         statistics: names of the statistics collected, sorted.
+        code: name of each file of Python code that came with the model and was run -> digest. Not written
+            where there is none, so that such an identity has the bytes it always had.
     """
 
     tensors: dict[str, str]
@@ -94,6 +97,7 @@ class Identity(Frozen):
     tokenizer: dict[str, str]
     tokens: str
     statistics: tuple[str, ...]
+    code: dict[str, str] = Field(default_factory=dict, exclude_if=lambda code: not code)
 
     @property
     def tensors_digest(self) -> str:
@@ -107,7 +111,11 @@ class Identity(Frozen):
 
 
 class Environment(Frozen):
-    """What a forward pass's bits depend on besides its inputs; compared when an unfinished run resumes."""
+    """What a forward pass's bits depend on besides its inputs; compared when an unfinished run resumes.
+
+    cpu: the instruction sets that kernels are chosen by. libraries: those that round, beside torch. Either is
+    empty, and not written, where an older Holdfast recorded none.
+    """
 
     torch: str
     transformers: str
@@ -117,14 +125,26 @@ class Environment(Frozen):
     dtype: str
     batch: int
     threads: int
+    cpu: str = Field(default="", exclude_if=lambda cpu: not cpu)
+    libraries: str = Field(default="", exclude_if=lambda libraries: not libraries)
 
 
 def differences(stored: Identity | Environment, current: Identity | Environment) -> list[Difference]:
-    """Every field that differs, by names such as `config.rope_parameters.rope_theta`."""
+    """Every field that differs, by names such as `config.rope_parameters.rope_theta`. What a stored
+    environment does not say is not compared: see `unrecorded`.
+    """
     a, b = _fields(stored), _fields(current)
+    unknown = unrecorded(stored, current) if isinstance(stored, Environment) else ()
     return [
-        Difference(field, a.get(field), b.get(field)) for field in (a | b) if a.get(field) != b.get(field)
+        Difference(field, a.get(field), b.get(field))
+        for field in (a | b)
+        if a.get(field) != b.get(field) and field not in unknown
     ]
+
+
+def unrecorded(stored: Environment, current: Environment | Identity) -> tuple[str, ...]:
+    """Fields of an environment that an older Holdfast did not record."""
+    return tuple(sorted(_fields(current).keys() - _fields(stored).keys()))
 
 
 def _fields(description: Identity | Environment) -> dict[str, str]:

@@ -7,7 +7,7 @@ from state.errors import InputError
 
 
 def refuse_other_file(lock: Path) -> None:
-    """Raise InputError where a lock's path has a link or a file that is no lock of Holdfast, to be emptied."""
+    """Raise InputError where a lock's path has a link, or a file that is no lock of Holdfast."""
     if lock.is_symlink() or (lock.exists() and not re.fullmatch(rb"\d*\n?", _start(lock))):
         raise InputError(f"{lock} is in the way: it is no lock of Holdfast. Move it away.")
 

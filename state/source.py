@@ -1,7 +1,6 @@
 """Read a model folder's safetensors strictly: every header is checked before any byte of a tensor is used."""
 
 import json
-import mmap
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -9,8 +8,10 @@ from math import prod
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from state.errors import InputError
+from state.durable import Bytes
+from state.errors import Difference, IdentityMismatch, InputError
 from state.identity import tensor_digest
+from state.mapped import MappedFile
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -41,13 +42,13 @@ class TensorEntry:
 class Source:
     """The tensors of a model folder, by hub name. Open it with `Source.open`.
 
-    maps, private_maps: each file as `read` and as `private` give it.
+    files: those that hold them, by name. digested: what `digests` found.
     """
 
     folder: Path
     tensors: dict[str, TensorEntry]
-    maps: dict[str, memoryview]
-    private_maps: dict[str, memoryview] = field(default_factory=dict)
+    files: dict[str, MappedFile]
+    digested: dict[str, str] = field(default_factory=dict)
 
     @classmethod
     def open(cls, folder: Path | str) -> "Source":
@@ -57,21 +58,12 @@ class Source:
             InputError: a file is missing, truncated, malformed or contradicts the index.
         """
         folder = Path(folder)
-        if not folder.is_dir():
-            raise InputError(f"{folder} is not a model folder")
-        if (folder / SINGLE).exists():
-            files, index = [SINGLE], None
-        elif (folder / INDEX).exists():
-            index = _read_index(folder / INDEX)
-            files = sorted(set(index.values()))
-        else:
-            present = ", ".join(sorted(path.name for path in folder.iterdir())[:10]) or "nothing"
-            raise InputError(f"{folder} has neither {SINGLE} nor {INDEX} (found: {present})")
-
-        maps = {file: _map(folder / file) for file in files}
+        index = None if weights_file(folder) == SINGLE else _read_index(folder / INDEX)
+        files = [SINGLE] if index is None else sorted(set(index.values()))
+        mapped = {file: MappedFile.open(folder / file) for file in files}
         tensors: dict[str, TensorEntry] = {}
         for file in files:
-            for entry in _read_header(folder / file, file, maps[file]):
+            for entry in _read_header(folder / file, file, mapped[file].data):
                 if entry.name in tensors:
                     raise InputError(
                         f"{folder}: {entry.name} is in both {tensors[entry.name].file} and {file}"
@@ -79,7 +71,7 @@ class Source:
                 tensors[entry.name] = entry
         if index is not None:
             _check_index(folder / INDEX, index, tensors)
-        return cls(folder, dict(sorted(tensors.items())), maps)
+        return cls(folder, dict(sorted(tensors.items())), mapped)
 
     def read(self, name: str) -> memoryview:
         """The bytes of a tensor, mapped and read-only.
@@ -88,19 +80,16 @@ class Source:
             InputError: there is no such tensor.
         """
         entry = self._entry(name)
-        return self.maps[entry.file][entry.start : entry.start + entry.nbytes]
+        return self.files[entry.file].data[entry.start : entry.start + entry.nbytes]
 
     def private(self, name: str) -> memoryview:
-        """The bytes of a tensor in a private mapping, for code that takes nothing but writable memory: what
-        it writes is seen neither by `read` nor in the file. Nothing is copied until then.
+        """The bytes of a tensor, mapped and writable: see `MappedFile.private`.
 
         Raises:
             InputError: there is no such tensor.
         """
         entry = self._entry(name)
-        if entry.file not in self.private_maps:
-            self.private_maps[entry.file] = _map(self.folder / entry.file, mmap.ACCESS_COPY)
-        return self.private_maps[entry.file][entry.start : entry.start + entry.nbytes]
+        return self.files[entry.file].private[entry.start : entry.start + entry.nbytes]
 
     def _entry(self, name: str) -> TensorEntry:
         if name not in self.tensors:
@@ -109,27 +98,62 @@ class Source:
 
     def digest(self, name: str) -> str:
         """`BF16[4096,256] xxh3:...` of a tensor, as in `Identity.tensors`."""
-        data = self.read(name)
+        return self._digest(name, self.read(name))
+
+    def _digest(self, name: str, data: Bytes) -> str:
         entry = self.tensors[name]
         return tensor_digest(entry.dtype, entry.shape, data)
 
     def digests(self, threads: int) -> dict[str, str]:
-        """Digest of every tensor, by name; read in the order of the files."""
+        """Digest of every tensor, by name; read in the order of the files.
+
+        Raises:
+            IdentityMismatch: a file changed meanwhile.
+        """
         order = sorted(self.tensors.values(), key=lambda entry: (entry.file, entry.start))
         names = [entry.name for entry in order]
         with ThreadPoolExecutor(threads) as pool:
             found = dict(zip(names, pool.map(self.digest, names), strict=True))
+        self.require_unchanged()
+        self.digested.update(found)
         return {name: found[name] for name in self.tensors}
 
+    def require_digested(self, name: str, data: Bytes) -> None:
+        """Raise IdentityMismatch where the bytes of a tensor that are about to be used are not those that
+        `digests` saw.
+        """
+        found = self._digest(name, data)
+        if found != self.digested.get(name, found):
+            file = self.files[self.tensors[name].file].path
+            difference = Difference(f"tensors.{name}", self.digested[name], found)
+            raise IdentityMismatch(
+                f"{file} holds other bytes than when it was digested:\n  {difference}\n"
+                "Give the same command again once nothing writes to it",
+                [difference],
+            )
 
-def _map(path: Path, access: int = mmap.ACCESS_READ) -> memoryview:
-    try:
-        with path.open("rb") as file:
-            return memoryview(mmap.mmap(file.fileno(), 0, access=access))
-    except ValueError as error:
-        raise InputError(f"{path} is empty") from error
-    except OSError as error:
-        raise InputError(f"{path} cannot be read: {error.strerror}") from error
+    def require_unchanged(self) -> None:
+        """Raise IdentityMismatch naming the first file that was written to, replaced or removed since it was
+        opened. Cheap: contents are not read.
+        """
+        for file in self.files.values():
+            file.require_unchanged()
+
+
+def weights_file(folder: Path) -> str:
+    """Which file of a model folder says where its tensors are: `model.safetensors`, which holds them itself,
+    before the index of shards, as in transformers.
+
+    Raises:
+        InputError: there is neither.
+    """
+    if not folder.is_dir():
+        raise InputError(f"{folder} is not a model folder")
+    for name in (SINGLE, INDEX):
+        if (folder / name).exists():
+            return name
+    present = ", ".join(sorted(path.name for path in folder.iterdir())[:10]) or "nothing"
+    raise InputError(f"{folder} has neither {SINGLE} nor {INDEX} (found: {present})")
 
 
 def _read_json(path: Path, data: bytes) -> Any:

@@ -6,11 +6,12 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from stages.calibrate.forward.hidden import Limits
+from stages.calibrate.forward.buffers import Limits
 from stages.calibrate.forward.whole_model import load_model
 from stages.calibrate.observe.accumulate import Accumulators
 from stages.calibrate.observe.arrays import plan_layout
 from stages.calibrate.observe.attach import record_weights
+from stages.calibrate.observe.complete import require_tokens
 from stages.calibrate.observe.relations import probe
 from stages.calibrate.prepare import Prepared
 from stages.calibrate.schedule.choose import Name, solved_layers, unsolved_layers
@@ -50,10 +51,10 @@ class Pass:
         schedule, statistics = self._whole() if name == "whole" else self._layerwise()
         cursor = self.writer.head.cursor
         with (
+            schedule,  # left last: what it clears away is needed until the last commit is whole
             BackgroundWriter(
                 self.writer, lambda head, seconds: self.progress.committed(head.number, seconds)
             ) as background,
-            schedule,
         ):
             self.progress.start("calibrating", schedule.total(), "batches", schedule.done(cursor))
             last = time.monotonic()
@@ -69,9 +70,17 @@ class Pass:
         return self.tokens
 
     def _update(self, step: Step, statistics: Accumulators) -> Update:
+        """What a commit of a step publishes.
+
+        Raises IdentityMismatch where a file of the model changed under it, and DamagedStore where the
+        statistics do not hold the tokens that went through.
+        """
+        self.work.source.require_unchanged()
         generation = None
         if not self.writer.head.finished:
             generation = Generation(statistics.layout, statistics.snapshot())
+            before = None if step.finished else step.cursor.layer or None
+            require_tokens(statistics.layout, generation.arrays, step.tokens, before)
         return Update(step.cursor, step.finished, generation, step.solutions)
 
     def _tick(self, tokens: int) -> None:
@@ -92,13 +101,16 @@ class Pass:
     def _whole(self) -> tuple[Schedule, Accumulators]:
         work, settings = self.work, self.settings
         self.progress.stage(f"loading {work.folder.name} onto {work.device}")
-        model = load_model(work.folder, work.device, settings.experts, settings.trust_remote_code)
+        model = load_model(work.skeleton, work.source, work.device, settings.experts)
         layout = plan_layout(work.skeleton, work.probe or probe(work.skeleton, model))
         stored = self._stored(layout)
         statistics = Accumulators(layout, work.device, stored)
         if stored is None:
             record_weights(work.skeleton, model, statistics)
-        schedule = WholeModel(work.skeleton, model, statistics, work.tokens, settings.batch, self._tick)
+        begun_with = self.writer.record.environment.batch
+        schedule = WholeModel(
+            work.skeleton, model, statistics, work.tokens, begun_with, settings.batch, self._tick
+        )
         return schedule, statistics
 
     def _layerwise(self) -> tuple[Schedule, Accumulators]:
@@ -121,6 +133,8 @@ class Pass:
             self.writer.head.finished,
             self._solver(statistics),
             self._tick_or_stop,
+            work.circumstances,
+            self.progress.warn,
         )
         return schedule, statistics
 

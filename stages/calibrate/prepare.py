@@ -14,7 +14,7 @@ from stages.calibrate.observe.relations import Probe, probe
 from stages.calibrate.text.texts import DataUnreachable
 from stages.calibrate.text.tokens import token_matrix
 from stages.model.folder import locate
-from stages.model.skeleton import Skeleton, load_config, refuse_quantized
+from stages.model.skeleton import Skeleton, load_config, refuse_other_weights, refuse_quantized
 from stages.progress import Progress
 from stages.recipe.quantizer_plan import QuantizerPlan
 from stages.recipe.quantizers import plan_quantizers
@@ -22,7 +22,7 @@ from stages.recipe.recipes import resolve
 from stages.recipe.solvers import Solver, solver_of
 from stages.settings import CalibrateSettings
 from state.errors import IdentityMismatch
-from state.identity import Environment, Identity, require_same
+from state.identity import Environment, Identity, require_same, unrecorded
 from state.reader import open_run
 from state.source import Source
 from state.store import RunWriter
@@ -46,6 +46,13 @@ class Prepared:
     identity: Identity
     environment: Environment
 
+    @property
+    def circumstances(self) -> dict[str, str | int]:
+        """What hidden states are made from and under, by name."""
+        windows, seq = self.tokens.shape
+        made_from = {"identity": self.identity.digest, "windows": windows, "seq": seq}
+        return made_from | self.environment.model_dump(mode="json")
+
 
 def prepare(settings: CalibrateSettings, writer: RunWriter | None, progress: Progress) -> Prepared:
     """Check everything that can be checked without loading weights, cheapest first."""
@@ -55,6 +62,7 @@ def prepare(settings: CalibrateSettings, writer: RunWriter | None, progress: Pro
     folder = locate(settings.model, settings.revision, progress)
     config = load_config(folder, settings.trust_remote_code)
     refuse_quantized(config, folder)
+    refuse_other_weights(config, folder)
     source = Source.open(folder)
     skeleton = Skeleton(config, source.tensors, settings.trust_remote_code)
     quantizers = plan_quantizers(skeleton, recipe)
@@ -64,7 +72,7 @@ def prepare(settings: CalibrateSettings, writer: RunWriter | None, progress: Pro
             matrix = skeleton.matrix(module)
             weight.refuse(matrix.tensor, matrix.shape(source.tensors))
     tokens = _tokens(settings, folder, writer, progress)
-    identity = identify(folder, source, config, tokens, progress)
+    identity = identify(folder, source, config, skeleton, tokens, progress)
     here = environment(skeleton, device, settings.experts, settings.batch)
     if writer is not None:
         require_same(
@@ -116,6 +124,11 @@ def _check_environment(
 ) -> None:
     if writer.head.finished:
         return
+    if unknown := unrecorded(writer.record.environment, here):
+        progress.note(
+            f"{settings.run} was begun by an older Holdfast, which did not record {' and '.join(unknown)}: "
+            "whether they are the same can't be told"
+        )
     try:
         require_same(
             writer.record.environment,

@@ -4,6 +4,7 @@ import time
 from contextlib import ExitStack
 from importlib.metadata import version
 
+from stages.calibrate.forward.hidden import discard
 from stages.calibrate.one_pass import Pass, stop_message
 from stages.calibrate.prepare import Prepared, prepare
 from stages.calibrate.schedule.choose import next_schedule
@@ -51,7 +52,8 @@ def calibrate(settings: CalibrateSettings, progress: Progress) -> Summary:
             did_something = True
         for note in held.notes[said:]:
             progress.warn(note)
-        Disk().delete(settings.run / FOLDER)
+        if left := discard(settings.run / FOLDER):
+            progress.note(f"{left[0]} was not made by Holdfast and stays where it is")
         if not did_something:
             progress.note(f"{settings.run} is finished; nothing to do")
         return _summary(settings, open_run(settings.run), tokens, started, not did_something)

@@ -168,7 +168,7 @@ class ExportFolder:
                         "give the same command again; it will be written anew.",
                         [name],
                     )
-                self.disk.delete(path)
+                self.disk.remove(path)
             self.progress.note(f"{path} is missing or damaged; it is written again")
 
     def _is_there(self, entry: Written) -> bool:

@@ -104,14 +104,14 @@ def remove_file(disk: Disk, path: Path) -> None:
     if is_folder(path):
         raise InputError(f"{path} is a folder where Holdfast keeps a file; move it away")
     if os.path.lexists(path):
-        disk.delete(path)
+        disk.remove(path)
 
 
 def remove_owned(disk: Disk, folder: Path, entries: Sequence[Written]) -> None:
     """Delete the files of these entries that are ours, and the folders left empty; durable on return."""
     for entry in entries:
         if is_ours(folder, entry):
-            disk.delete(folder / entry.file)
+            disk.remove(folder / entry.file)
     inside = {parent for entry in entries for parent in parents(entry.file)}
     for parent in sorted(inside, key=lambda name: (-name.count("/"), name)):
         if all(is_folder(folder / part) for part in (*parents(parent), parent)):

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from stages.export.unify import Policies
 from stages.export.units import Shard
-from stages.model.folder import tokenizer_digests
+from stages.model.folder import recorded_code, tokenizer_digests
 from stages.recipe.recipes import Recipe
 from stages.recipe.solvers import Solver
 from state.errors import Difference, IdentityMismatch
@@ -34,7 +34,8 @@ def require_same_shapes(source: Source, record: RunRecord) -> None:
 
 
 def require_same_config(folder: Path, config: Mapping[str, str], record: RunRecord) -> None:
-    """Compare the flattened configuration and the tokenizer in `folder` with the run's identity.
+    """Compare the flattened configuration, the tokenizer and the model's own code in `folder` with the run's
+    identity.
 
     Config fields that only one of two transformers versions knows are passed over. Raises IdentityMismatch
     naming every difference.
@@ -45,6 +46,8 @@ def require_same_config(folder: Path, config: Mapping[str, str], record: RunReco
         recorded = {name: value for name, value in recorded.items() if name in fields}
     found = _differences("config", recorded, fields)
     found += _differences("tokenizer", record.identity.tokenizer, tokenizer_digests(folder))
+    code = record.identity.code
+    found += _differences("code", code, recorded_code(folder, code))
     _refuse(folder, found)
 
 

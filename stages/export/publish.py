@@ -87,7 +87,7 @@ def remove_partial(disk: Disk, partial: Path, entries: Iterable[Written]) -> Non
 
 def remove_mark(disk: Disk, out: Path) -> None:
     """The last act: from now on OUT is finished."""
-    disk.delete(out / MARK)
+    disk.remove(out / MARK)
     disk.sync([out])
 
 

@@ -29,7 +29,8 @@ def export(
 
     Raises:
         InputError: the run is unfinished, the recipe or the source can't be served, or a policy says `error`.
-        IdentityMismatch: the source is not the run's, or OUT is another export and `overwrite` is off.
+        IdentityMismatch: the source is not the run's, or changes meanwhile, or OUT is another export and
+            `overwrite` is off.
         RunBusy, OutOfSpace, DamagedStore: see `open_folder` and `Disk`.
     """
     progress, disk = progress or Silent(), disk or Disk()
@@ -49,6 +50,7 @@ def export(
         _refuse_full_disk(folder, plan, disk)
         kept = sum(shard.file in folder.journal for shard in plan.shards)
         _write(folder, plan, progress)
+        plan.ingredients.source.require_unchanged()
         folder.publish()
     _tell_policies(plan.report, progress)
     written = len(plan.shards) - kept

@@ -1,12 +1,11 @@
 """Output tensors, one at a time: read from the source, checked against the run's identity, packed."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from torch import Tensor
 
 from stages.export.provenance import refuse_other_tensors
-from stages.export.raw import raw_bytes
 from stages.export.rescale import Rescaling
 from stages.export.scales import stored, stored_vector
 from stages.export.shards import Bytes, TensorSpec
@@ -14,6 +13,7 @@ from stages.export.solved import Solved
 from stages.export.units import Shard
 from stages.formats import WeightFormat
 from stages.model.matrices import StoredMatrix
+from stages.model.raw import raw_bytes
 from stages.model.weights import largest_magnitude, read_tensor
 from state.errors import InputError
 from state.source import Source
@@ -47,37 +47,40 @@ class TensorMaker:
         """The bytes of one output tensor.
 
         Raises IdentityMismatch when the source tensor is not the one the run was calibrated with, naming
-        every such tensor, and InputError for a weight that is not finite or exceeds the amax the run holds
-        for it.
+        every such tensor, or its file changes meanwhile, and InputError for a weight that is not finite or
+        exceeds the amax the run holds for it.
         """
         unit, given = self.unit_of[spec.name], self.ingredients
         if spec.name in given.scales:
             return stored(given.scales[spec.name])
         if unit.source is not None:
-            self._check(unit.source)
             return self._unquantized(unit.source)
         assert unit.matrix is not None and unit.format is not None  # KV scales are among the scales
         module, _, leaf = spec.name.rpartition(".")
         if leaf == "pre_quant_scale":
             return stored_vector(given.rescaling.pre_quant_scale(module))
-        if leaf == "weight":
-            for name in unit.matrix.tensors:
-                self._check(name)
         if spec.name not in self.pending:
             self.pending = self._quantized(unit.matrix, unit.format, module, leaf)
         return raw_bytes(self.pending.pop(spec.name))
 
-    def _check(self, name: str) -> None:
+    def _check(self, names: Iterable[str]) -> None:
+        """Compare tensors that have been copied with what the run recorded of them: what is written to the
+        file from here on is not in the copies.
+        """
         source, digests = self.ingredients.source, self.ingredients.digests
-        found = source.digest(name)
-        if found != digests.get(name):
-            refuse_other_tensors(source, digests, source.digests(threads=2) | {name: found})
+        for name in names:
+            found = source.digest(name)
+            if found != digests.get(name):
+                refuse_other_tensors(source, digests, source.digests(threads=2) | {name: found})
 
     def _unquantized(self, name: str) -> Bytes:
         source, rescaling = self.ingredients.source, self.ingredients.rescaling
-        if not rescaling.changes(name):
-            return source.read(name)
-        return raw_bytes(rescaling.to_store(name, read_tensor(source, name)))
+        if rescaling.changes(name):
+            data = raw_bytes(rescaling.to_store(name, read_tensor(source, name)))
+        else:
+            data = memoryview(bytes(source.read(name)))
+        self._check([name])
+        return data
 
     def _quantized(
         self, matrix: StoredMatrix, weight_format: WeightFormat, module: str, leaf: str
@@ -88,6 +91,7 @@ class TensorMaker:
         solved = self.ingredients.solved
         rounded = solved.rounded(module, leaf) if solved is not None else None
         if rounded is not None:
+            self._check(matrix.tensors)
             return {f"{module}.{leaf}": rounded}
         weight = self._weight(module, matrix)
         block_amax = solved.block_amax(module) if solved is not None else None
@@ -103,7 +107,9 @@ class TensorMaker:
     def _weight(self, module: str, matrix: StoredMatrix) -> Tensor:
         """The weight as it is to be packed."""
         name, given = f"{module}.weight", self.ingredients
-        weight = matrix.read(given.source).to(given.rescaling.dtype)
+        stored_weight = matrix.read(given.source)
+        self._check(matrix.tensors)
+        weight = stored_weight.to(given.rescaling.dtype)
         largest = largest_magnitude(weight.reshape(-1))
         recorded = given.weight_amax[module]
         if not bool(largest.isfinite()):

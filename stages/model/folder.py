@@ -1,6 +1,7 @@
 """MODEL, as a person gives it: a folder here, or a model on the hub."""
 
 import os
+from collections.abc import Mapping
 from pathlib import Path
 
 from stages.progress import Progress
@@ -29,6 +30,9 @@ WANTED = (
     "*.py",
     "*.tiktoken",
 )
+
+ELSEWHERE = "--"
+"""Between the names of a repository and of a file in it, where a model takes its code from another one."""
 
 
 def locate(model: str, revision: str | None, progress: Progress) -> Path:
@@ -72,3 +76,12 @@ def tokenizer_digests(folder: Path) -> dict[str, str]:
         + sorted(folder.glob("*.tiktoken"))
     )
     return {path.name: digest(path.read_bytes()) for path in files if path.is_file()}
+
+
+def recorded_code(folder: Path, recorded: Mapping[str, str]) -> dict[str, str]:
+    """What the model's own code, recorded as file → digest, is in a folder now: files that are gone are left
+    out, and those of another repository are as they were recorded.
+    """
+    found = {name: seen for name, seen in recorded.items() if ELSEWHERE in name}
+    here = [name for name in recorded if name not in found and (folder / name).is_file()]
+    return found | {name: digest((folder / name).read_bytes()) for name in here}

@@ -22,6 +22,7 @@ from transformers.core_model_loading import WeightConverter, WeightRenaming, ren
 
 from stages.model.matrices import StoredMatrix
 from state.errors import InputError
+from state.source import weights_file
 
 
 @dataclass(frozen=True)
@@ -83,6 +84,20 @@ def refuse_quantized(config: PretrainedConfig, folder: Path) -> None:
         f"{folder} is already quantized (quantization_config.quant_method is {method!r}); "
         "give the unquantized model it was made from as MODEL"
     )
+
+
+def refuse_other_weights(config: PretrainedConfig, folder: Path) -> None:
+    """Raise InputError where the configuration has transformers take the weights from another file than the
+    one that is read and digested here.
+    """
+    for part in (config, config.get_text_config()):
+        named = getattr(part, "transformers_weights", None)
+        if named not in (None, weights_file(folder)):
+            raise InputError(
+                f"{folder}/config.json takes the weights from {named!r} (transformers_weights), and Holdfast "
+                f"reads {weights_file(folder)}; remove transformers_weights, or give a folder that holds the "
+                "wanted file under that name"
+            )
 
 
 class Skeleton:

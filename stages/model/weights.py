@@ -3,6 +3,7 @@
 import numpy as np
 import torch
 
+from stages.model.raw import raw_bytes
 from state.errors import InputError
 from state.source import Source
 
@@ -28,8 +29,15 @@ OTHER_DTYPES = {
 
 
 def read_tensor(source: Source, name: str) -> torch.Tensor:
-    """A tensor in its stored dtype and shape, copied into memory of its own."""
-    return map_tensor(source, name).clone()
+    """A tensor in its stored dtype and shape, copied into memory of its own.
+
+    Raises:
+        InputError: torch does not have the dtype.
+        IdentityMismatch: the copy is not what was digested, where it was (see `Source.digests`).
+    """
+    tensor = map_tensor(source, name).clone()
+    source.require_digested(name, raw_bytes(tensor))
+    return tensor
 
 
 def map_tensor(source: Source, name: str) -> torch.Tensor:

@@ -44,12 +44,13 @@ def make_plan(folder: Path, source: Source, recipe_name: str, trust_remote_code:
 
     Raises InputError where either can't be served: see `load_config`, `Skeleton`, `plan_quantizers`.
     """
-    from stages.model.skeleton import Skeleton, load_config, refuse_quantized
+    from stages.model.skeleton import Skeleton, load_config, refuse_other_weights, refuse_quantized
     from stages.recipe.quantizers import plan_quantizers
     from stages.recipe.recipes import resolve
 
     config = load_config(folder, trust_remote_code)
     refuse_quantized(config, folder)
+    refuse_other_weights(config, folder)
     skeleton = Skeleton(config, source.tensors, trust_remote_code)
     return describe(skeleton, config, source, plan_quantizers(skeleton, resolve(recipe_name)))
 
@@ -60,7 +61,7 @@ def describe(
     """The plan of a model whose skeleton and quantizers are there already."""
     from stages.recipe.hf_config import config_files, with_pre_quant_scale
 
-    dtype, solver = _dtype(skeleton, source), solver_of(quantizers)
+    dtype, solver = stated_dtype(skeleton, source), solver_of(quantizers)
     plain = quantizers.hf_quant_config
     variants: dict[Scales, dict[str, object]] = {"plain": plain}
     if solver is not None and solver.needs_pass:
@@ -81,7 +82,7 @@ def flattened(config: "PretrainedConfig") -> dict[str, str]:
     return flatten(json.loads(config.to_json_string(use_diff=False)))
 
 
-def _dtype(skeleton: "Skeleton", source: Source) -> str:
+def stated_dtype(skeleton: "Skeleton", source: Source) -> str:
     """What the model computes in: its configuration's dtype, or else that of the first float tensor."""
     stated = skeleton.config.dtype
     if stated is None:

@@ -51,7 +51,7 @@ def test_rename_moves_a_folder_and_syncs_both_parents(tmp_path: Path) -> None:
     assert (tmp_path / "b/out/x").read_bytes() == b"1"
 
 
-def test_append_list_and_delete(tmp_path: Path) -> None:
+def test_append_list_and_remove(tmp_path: Path) -> None:
     disk = Disk()
     disk.append(tmp_path / "log", b"1\n")
     disk.append(tmp_path / "log", b"2\n")
@@ -59,9 +59,9 @@ def test_append_list_and_delete(tmp_path: Path) -> None:
     disk.put(tmp_path / "folder/a", b"")
     assert disk.read(tmp_path / "log") == b"1\n2\n"
     assert disk.list(tmp_path / "folder") == ["a", "b"]
-    disk.delete(tmp_path / "folder")
-    disk.delete(tmp_path / "folder")
-    assert disk.list(tmp_path / "folder") == []
+    disk.remove(tmp_path / "folder/a")
+    disk.remove(tmp_path / "folder/a")
+    assert disk.list(tmp_path / "folder") == ["b"]
     assert disk.list(tmp_path / "log/below") == []
 
 

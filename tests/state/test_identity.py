@@ -17,6 +17,7 @@ from state.identity import (
     require_same,
     tensor_digest,
     tokens_digest,
+    unrecorded,
 )
 
 IDENTITY = Identity(
@@ -28,7 +29,7 @@ IDENTITY = Identity(
 )
 ENVIRONMENT = Environment(
     torch="2.13", transformers="5.14", modelopt="0.47", device="cpu", experts="eager", dtype="bf16", batch=8,
-    threads=2,
+    threads=2, cpu="AVX2", libraries="oneDNN 3.12",
 )  # fmt: skip
 
 
@@ -175,3 +176,24 @@ def test_any_other_environment_is_named(field: str) -> None:
     value = 99 if field in ("batch", "threads") else "other"
     current = ENVIRONMENT.model_copy(update={field: value})
     assert [(one.field, one.current) for one in differences(ENVIRONMENT, current)] == [(field, str(value))]
+
+
+def test_a_description_without_the_newer_fields_keeps_its_bytes() -> None:
+    """Nothing is written that an older Holdfast would not know, where there is nothing to say."""
+    assert "code" not in IDENTITY.model_dump(mode="json")
+    assert IDENTITY.digest == "xxh3:b525d37b2ad1d2b46041fa8cbdddeb76"
+    coded = IDENTITY.model_copy(update={"code": {"modeling_own.py": "xxh3:05"}})
+    assert [str(one) for one in differences(IDENTITY, coded)] == [
+        "code.modeling_own.py: stored absent, now xxh3:05"
+    ]
+    assert Identity.model_validate_json(coded.model_dump_json()) == coded
+
+
+def test_what_an_older_environment_does_not_say_is_not_compared() -> None:
+    older = Environment.model_validate(ENVIRONMENT.model_dump(exclude={"cpu", "libraries"}))
+    assert older.model_dump().keys() == ENVIRONMENT.model_dump().keys() - {"cpu", "libraries"}
+    assert differences(older, ENVIRONMENT) == []
+    assert unrecorded(older, ENVIRONMENT) == ("cpu", "libraries")
+    assert unrecorded(ENVIRONMENT, ENVIRONMENT) == ()
+    other = older.model_copy(update={"batch": 9})
+    assert [one.field for one in differences(other, ENVIRONMENT)] == ["batch"]

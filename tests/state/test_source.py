@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.numpy import save_file
 
-from state.errors import InputError
+from state.errors import IdentityMismatch, InputError
 from state.identity import tensor_digest
 from state.source import Source, TensorEntry
 
@@ -91,6 +91,15 @@ def test_no_such_tensor(tmp_path: Path) -> None:
     source = Source.open(single(tmp_path, {"a": entry("U8", [1], 0, 1)}, b"a"))
     with pytest.raises(InputError, match="has no tensor b"):
         source.read("b")
+
+
+def test_bytes_are_compared_with_what_was_digested(tmp_path: Path) -> None:
+    source = Source.open(single(tmp_path, {"a": entry("U8", [2], 0, 2)}, b"xy"))
+    source.require_digested("a", b"zz")  # nothing was digested yet
+    source.digests(threads=1)
+    source.require_digested("a", b"xy")
+    with pytest.raises(IdentityMismatch, match=r"model\.safetensors holds other bytes than when it was dig"):
+        source.require_digested("a", b"xz")
 
 
 GOOD = {"a": entry("F32", [1], 0, 4), "b": entry("F32", [1], 4, 8)}

@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from stages.calibrate.forward.beside import Beside
-from stages.calibrate.forward.hidden import HIDDEN, Buffer, Limits, State, open_buffer
+from stages.calibrate.forward.buffers import HIDDEN, Buffer, Limits, State, open_buffer
 from stages.model.decoder import LayerwiseUnsupported
 
 

@@ -6,7 +6,6 @@ arguments that their signatures name.
 """
 
 import inspect
-import mmap
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -20,6 +19,7 @@ from transformers.modeling_utils import LoadStateDictConfig
 from transformers.utils import logging as transformers_logging
 
 from stages.model.decoder import Decoder, LayerwiseUnsupported
+from stages.model.raw import raw_bytes
 from stages.model.weights import map_tensor
 from state.source import Source
 
@@ -94,13 +94,14 @@ class Weights:
 
         On a GPU they are copies there, complete. In host memory they are private mappings of the checkpoint,
         so that weights which need no conversion take no memory that can't be reclaimed.
+
+        Raises:
+            IdentityMismatch: one is not what was digested, where it was (see `Source.digests`).
         """
         if not self.absent(part):
             return {}
         with torch.cuda.stream(self._copies):
-            tensors = {
-                name: self._fetch(map_tensor(self._source, name)) for name in self._in_file_order(part)
-            }
+            tensors = {name: self._fetch(name) for name in self._in_file_order(part)}
         if self._copies is not None:
             self._copies.synchronize()
         return tensors
@@ -109,12 +110,13 @@ class Weights:
         entries = [self._source.tensors[name] for name in self._tensors[part]]
         return [entry.name for entry in sorted(entries, key=lambda entry: (entry.file, entry.start))]
 
-    def _fetch(self, mapped: torch.Tensor) -> torch.Tensor:
-        if self._copies is None:
-            # Touching each page has the disk waited for in this thread and not in the forward.
-            mapped.reshape(-1).view(torch.uint8)[:: mmap.PAGESIZE].sum()
-            return mapped
-        return torch.empty_like(mapped, pin_memory=True).copy_(mapped).to(self._device, non_blocking=True)
+    def _fetch(self, name: str) -> torch.Tensor:
+        held = map_tensor(self._source, name)
+        if self._copies is not None:
+            held = torch.empty_like(held, pin_memory=True).copy_(held)
+        # Reading each byte here has the disk waited for in this thread and not in the forward.
+        self._source.require_digested(name, raw_bytes(held))
+        return held if self._copies is None else held.to(self._device, non_blocking=True)
 
     def load(self, part: Part, tensors: dict[str, torch.Tensor]) -> None:
         """Give the part its weights from what `read` returned, which is emptied. One that is loaded stays so.

@@ -9,6 +9,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 
 import torch
 from torch import nn
@@ -21,8 +22,10 @@ from stages.calibrate.forward.arguments import (
     require_independence,
 )
 from stages.calibrate.forward.beside import Beside
+from stages.calibrate.forward.buffers import HIDDEN, Limits, State
 from stages.calibrate.forward.calls import Calls, LayerCall
-from stages.calibrate.forward.hidden import HIDDEN, Boundary, HiddenStates, Limits, State
+from stages.calibrate.forward.hidden import ARGUMENTS_FOLDER, HIDDEN_FOLDER, HiddenStates
+from stages.calibrate.forward.kept import Circumstances
 from stages.calibrate.forward.layer_weights import OUTSIDE, Weights, materialise_buffers
 from stages.model.decoder import find_decoder
 from stages.model.skeleton import Skeleton
@@ -42,9 +45,9 @@ class LayerStep:
     module: nn.Module
     states: HiddenStates
 
-    def seal(self) -> Boundary | None:
-        """What a commit of this layer keeps for the next run to go on behind it: see `HiddenStates.seal`."""
-        return self.states.seal()
+    def seal(self) -> None:
+        """Keep what is behind this layer for the next process to go on from: see `HiddenStates.seal`."""
+        self.states.seal()
 
 
 class LayerwiseForward:
@@ -60,6 +63,7 @@ class LayerwiseForward:
         tokens: int [windows, seq].
         batch: windows per forward.
         folder: for what doesn't fit `limits`; its files are deleted, save the one that `start` goes on from.
+        circumstances, say: see `HiddenStates`.
         advance: called with (layer, batch) after each batch, for progress; what it raises ends the forward.
         outside: entered around the forward of what surrounds the layers, once per batch as the last layer
         runs; hooks see there what they see in the whole model's forward. On a GPU it goes on the stream
@@ -80,15 +84,19 @@ class LayerwiseForward:
         limits: Limits,
         advance: Advance = lambda layer, batch: None,
         outside: Outside | None = None,
+        circumstances: Circumstances = MappingProxyType({}),
+        say: Callable[[str], None] = lambda message: None,
     ) -> None:
         materialise_buffers(skeleton.model, device)
         self.decoder = find_decoder(skeleton.model)
         self._weights = Weights(self.decoder, skeleton.parameter_of, source, device)
         # All at once: a copy to a GPU waits for everything that was queued before it.
         self._batches = tokens.to(device, torch.int64).split(batch)
-        self._states = HiddenStates(folder / "hidden", len(self._batches), device, limits)
+        self._states = HiddenStates(
+            folder / HIDDEN_FOLDER, len(self._batches), device, limits, circumstances, say
+        )
         self._beside = Beside(device)
-        self._calls = Calls(folder / "arguments", len(self._batches), device, limits, self._beside)
+        self._calls = Calls(folder / ARGUMENTS_FOLDER, len(self._batches), device, limits, self._beside)
         self._advance = advance
         self._outside = outside
         self._returns = 0
@@ -105,11 +113,11 @@ class LayerwiseForward:
         if kind is None:
             self._states.close()
 
-    def start(self, boundary: Boundary | None = None) -> int:
-        """Find with the first batch how the layers are called. Returns the first layer that is yet to run:
-        the one behind `boundary`, or 0 when none is given or its file is gone or damaged."""
-        if boundary is None or not self._states.restore(boundary):
-            self._states.begin()
+    def start(self, layer: int = 0) -> int:
+        """Find with the first batch how the layers are called, and go on from what an earlier process kept of
+        the hidden states before `layer`, or before an earlier one. Returns the first layer that is yet to
+        run."""
+        self._states.restore(layer)
         self._load_outside()
         self._beside.follow()  # weights that were loaded before may still be on their way
         with self._beside.run():

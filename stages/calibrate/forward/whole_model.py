@@ -1,12 +1,17 @@
 """Loads the model whole, onto one device, and refuses what transformers would let pass in silence."""
 
+import copy
 from pathlib import Path
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
+from stages.model.skeleton import Skeleton
+from stages.model.weights import read_tensor
+from stages.recipe.model_plan import stated_dtype
 from state.errors import InputError
+from state.source import Source
 
 
 def pick_device(name: str) -> torch.device:
@@ -33,26 +38,30 @@ def _unusable(name: str, error: Exception) -> str:
     return f"{reason}; use DEVICE={', DEVICE='.join(usable)} or DEVICE=auto"
 
 
-def load_model(
-    folder: Path, device: torch.device, experts: str, trust_remote_code: bool = False
-) -> PreTrainedModel:
-    """The model in its stored dtype, in evaluation mode.
+def load_model(skeleton: Skeleton, source: Source, device: torch.device, experts: str) -> PreTrainedModel:
+    """The model of a skeleton in its stored dtype, in evaluation mode, with the tensors of `source`: each is
+    read from the file that was digested, and is what the digest was of.
 
     experts: transformers' implementation for fused experts, where the model has a choice (`grouped_mm` or
     `eager`).
-    Raises InputError when a tensor is missing or has another shape than the configuration says, or memory
-    runs out.
+
+    Raises:
+        InputError: a tensor is missing or has another shape than the configuration says, or memory runs out.
+        IdentityMismatch: a file changed since it was digested.
     """
+    folder = source.folder
+    # A class that is handed its tensors opens no file of its own accord.
+    tensors = {name: _Stored(source, name) for name in source.tensors}
     verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     try:
-        model, info = AutoModelForCausalLM.from_pretrained(
-            folder,
-            dtype="auto",
-            trust_remote_code=trust_remote_code,
+        model, info = type(skeleton.model).from_pretrained(
+            None,
+            config=copy.deepcopy(skeleton.model.config),
+            state_dict=tensors,
+            dtype=getattr(torch, stated_dtype(skeleton, source)),
             output_loading_info=True,
-            use_safetensors=True,
         )
     except (RuntimeError, ValueError, OSError) as error:
         raise InputError(f"{folder} can't be loaded: {_first_lines(error)}") from error
@@ -60,6 +69,7 @@ def load_model(
         logging.set_verbosity(verbosity)
         if bars:
             logging.enable_progress_bar()
+    source.require_unchanged()
     if missing := sorted(info["missing_keys"]):
         raise InputError(
             f"{folder} lacks {len(missing)} tensors its config.json asks for, such as {missing[0]}; "
@@ -73,6 +83,16 @@ def load_model(
         raise InputError(
             f"{folder} does not fit on {device}: {str(error).splitlines()[0]}; try DEVICE=cpu"
         ) from error
+
+
+class _Stored:
+    """A tensor that is read when transformers takes it, so that no more of them are held than are needed."""
+
+    def __init__(self, source: Source, name: str) -> None:
+        self._source, self._name = source, name
+
+    def __getitem__(self, index: object) -> torch.Tensor:
+        return read_tensor(self._source, self._name)
 
 
 def load_tokenizer(folder: Path, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:

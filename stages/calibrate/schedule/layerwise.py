@@ -2,7 +2,6 @@
 solutions, one commit, the next layer.
 """
 
-import json
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
@@ -15,8 +14,9 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from stages.calibrate.forward.hidden import Boundary, Limits
-from stages.calibrate.forward.layers import LayerStep, LayerwiseForward
+from stages.calibrate.forward.buffers import Limits
+from stages.calibrate.forward.kept import Circumstances
+from stages.calibrate.forward.layers import LayerwiseForward
 from stages.calibrate.observe.accumulate import Accumulators
 from stages.calibrate.observe.attach import observed_keys_and_values, observed_rows, record_weights
 from stages.calibrate.observe.second_moments import Moments
@@ -24,7 +24,6 @@ from stages.calibrate.observe.sinks import Selected, Sink
 from stages.calibrate.schedule.steps import Step
 from stages.model.skeleton import Skeleton
 from stages.model.weights import largest_magnitude, map_tensor
-from state.durable import Disk
 from state.head import Cursor
 from state.names import Site
 from state.source import Source
@@ -57,6 +56,7 @@ class LayerByLayer:
         work is only done again.
         limits: memory for hidden states; what is larger goes to files in the run, which a crash leaves to go
         on from.
+        circumstances, say: see `HiddenStates`.
     """
 
     def __init__(
@@ -72,11 +72,12 @@ class LayerByLayer:
         finished: bool,
         solver: LayerSolver | None,
         tick: Callable[[int | None], None],
+        circumstances: Circumstances,
+        say: Callable[[str], None],
     ) -> None:
         self.skeleton, self.source, self.statistics = skeleton, source, statistics
         self.finished, self.solver, self.device = finished, solver, device
-        self.folder = run / FOLDER
-        self.batches = -(-len(tokens) // batch)
+        self.batches, self.tokens = -(-len(tokens) // batch), tokens.size
         sizes = [part.size for part in np.split(tokens, range(batch, len(tokens), batch))]
         windows = torch.from_numpy(tokens.astype(np.int64))
         self.forward = LayerwiseForward(
@@ -85,10 +86,12 @@ class LayerByLayer:
             windows,
             batch,
             device,
-            self.folder,
+            run / FOLDER,
             limits,
             lambda layer, number: tick(self._share(sizes[number], layer)),
-            outside=None if finished else lambda: self._finishing.hand_to(statistics),
+            None if finished else lambda: self._finishing.hand_to(statistics),
+            circumstances,
+            say,
         )
         self._finishing = Selected()
         self._new_from = 0
@@ -118,7 +121,7 @@ class LayerByLayer:
     def steps(self, cursor: Cursor) -> Iterator[Step]:
         first = self._new_from = self._first(cursor)
         outside: Future[dict[Site, float]] | None = None
-        self.forward.start(self._boundary(first))
+        self.forward.start(first)
         model, layout = self.skeleton.model, self.statistics.layout
         selected, wanted = Selected(), dict[int, Moments]()
 
@@ -154,10 +157,10 @@ class LayerByLayer:
                     for site, amax in outside.result().items():
                         self.statistics.set_weight(*layout.locate(site), amax)
                 elif not last:
-                    self._keep_boundary(step)
+                    step.seal()
                 position = Cursor(pass_number=cursor.pass_number, layer=step.layer + 1)
                 solutions = () if solution is None else (solution,)
-                yield Step(position, self.finished or last, commit=True, solutions=solutions)
+                yield Step(position, self.finished or last, self.tokens, commit=True, solutions=solutions)
 
     def _share(self, tokens: int, layer: int) -> int | None:
         """A layer's part of the work on some tokens, counted in tokens; None where it is only done again."""
@@ -206,19 +209,3 @@ class LayerByLayer:
             if self._is_outside(linear.memory)
         }
         return {site: tensor for site, tensor in found.items() if tensor is not None}
-
-    def _keep_boundary(self, step: LayerStep) -> None:
-        boundary = step.seal()
-        if boundary is not None:
-            path = self._boundary_path(boundary.layer)
-            Disk().publish(path, json.dumps(boundary.to_json()).encode())
-
-    def _boundary(self, layer: int) -> Boundary | None:
-        """The hidden states before a layer, where an earlier process left them whole."""
-        try:
-            return Boundary.from_json(json.loads(self._boundary_path(layer).read_bytes()))
-        except (OSError, ValueError, KeyError, TypeError):
-            return None
-
-    def _boundary_path(self, layer: int) -> Path:
-        return self.folder / f"before-{layer:06d}.json"

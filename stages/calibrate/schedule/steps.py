@@ -15,12 +15,14 @@ Tick = Callable[[int], None]  # called after each batch with the tokens it took 
 class Step:
     """A piece of work after which a commit is possible.
 
-    cursor: where the next step begins. finished: the statistics are complete. commit: worth a commit, however
-    short ago the last one was. solutions: what a solver found on the way.
+    cursor: where the next step begins. finished: the statistics are complete. tokens: how many have gone
+    through the model by now, or through the layers before `cursor.layer` where these come one by one.
+    commit: worth a commit, however short ago the last one was. solutions: what a solver found on the way.
     """
 
     cursor: Cursor
     finished: bool
+    tokens: int
     commit: bool = False
     solutions: tuple[Solution, ...] = ()
 

@@ -19,10 +19,11 @@ from state.head import Cursor
 
 
 class WholeModel:
-    """One pass for statistics; a step is one batch.
+    """One pass for statistics; a step is one batch, and the last one may be smaller.
 
     Args:
-        tokens: int32 [windows, seq]. batch: windows per forward; the last batch may be smaller.
+        tokens: int32 [windows, seq]. batch: windows per batch as the cursor counts, which is that of the
+        environment the run was begun in. at_once: windows per forward; what the batch is now.
     """
 
     def __init__(
@@ -32,10 +33,11 @@ class WholeModel:
         statistics: Accumulators,
         tokens: NDArray[np.int32],
         batch: int,
+        at_once: int,
         tick: Tick,
     ) -> None:
         self.skeleton, self.model, self.statistics = skeleton, model, statistics
-        self.tokens, self.batch, self.tick = tokens, batch, tick
+        self.tokens, self.batch, self.at_once, self.tick = tokens, batch, at_once, tick
         self._observers = ExitStack()
 
     def __enter__(self) -> Self:
@@ -55,11 +57,16 @@ class WholeModel:
         return cursor.batch
 
     def steps(self, cursor: Cursor) -> Iterator[Step]:
-        for number in range(cursor.batch, self.total()):
-            windows = self.tokens[number * self.batch : (number + 1) * self.batch]
-            forward(self.model, torch.from_numpy(windows.astype(np.int64)))
-            self.tick(windows.size)
-            yield Step(Cursor(batch=number + 1), finished=number + 1 == self.total())
+        together = max(1, self.at_once // self.batch)
+        for number in range(cursor.batch, self.total(), together):
+            batches = range(number, min(number + together, self.total()))
+            windows = self.tokens[number * self.batch : batches.stop * self.batch]
+            for part in torch.from_numpy(windows.astype(np.int64)).split(self.at_once):
+                forward(self.model, part)
+            for batch in batches:
+                self.tick(self.tokens[batch * self.batch : (batch + 1) * self.batch].size)
+            done = self.tokens[: batches.stop * self.batch].size
+            yield Step(Cursor(batch=batches.stop), batches.stop == self.total(), done)
 
 
 def forward(model: PreTrainedModel, windows: torch.Tensor) -> None:

@@ -16,7 +16,9 @@ from stages.export.units import Shard, Unit
 from stages.formats import FP8, INT8_SQ, NVFP4, WeightFormat
 from stages.model.matrices import StoredMatrix
 from state.errors import IdentityMismatch, InputError
+from state.identity import tensor_digest
 from state.source import Source
+from tests.stages.model.changing import overwrite
 
 WEIGHT = torch.tensor([[6.0, -3.0] * 8])
 NORM = torch.tensor([1.5], dtype=torch.float32)
@@ -112,3 +114,22 @@ def test_tensors_of_another_model_are_refused_all_at_once(tmp_path: Path, name: 
         f"tensors.{name}",
         "tensors.extra",
     }
+
+
+@pytest.mark.parametrize("name", ["up.weight", "norm.weight"])
+def test_what_is_packed_is_what_was_digested(
+    tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Somebody writes to the file just behind the look at its digest."""
+    expected = made(maker(tmp_path, WEIGHT, NVFP4, 6.0), name)
+    one = maker(tmp_path, WEIGHT, NVFP4, 6.0)
+
+    def digest_and_overwrite(source: Source, tensor: str) -> str:
+        found = tensor_digest("F32", source.tensors[tensor].shape, source.read(tensor))
+        overwrite(tmp_path / "model.safetensors", source.tensors[tensor].start, b"\x00\x00\x40\x40")
+        return found
+
+    monkeypatch.setattr(Source, "digest", digest_and_overwrite)
+    assert made(one, name) == expected
+    with pytest.raises(IdentityMismatch, match=r"model\.safetensors has changed while it was worked from"):
+        one.ingredients.source.require_unchanged()

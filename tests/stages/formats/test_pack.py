@@ -2,8 +2,8 @@
 
 import torch
 
-from stages.export.raw import raw_bytes
 from stages.formats import FP8, INT4_AWQ, INT8_SQ, NVFP4
+from stages.model.raw import raw_bytes
 
 # e2m1 codes: 0, 0.5, 1, 1.5, 2, 3, 4, 6; bit 3 is the sign.
 

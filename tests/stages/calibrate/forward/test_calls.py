@@ -5,6 +5,7 @@ import torch
 from torch import nn
 
 from stages.calibrate.forward.beside import Beside
+from stages.calibrate.forward.buffers import HIDDEN, Limits
 from stages.calibrate.forward.calls import (
     Calls,
     Carried,
@@ -15,7 +16,6 @@ from stages.calibrate.forward.calls import (
     differing,
     pack_carried,
 )
-from stages.calibrate.forward.hidden import HIDDEN, Limits
 from stages.model.decoder import LayerwiseUnsupported
 
 CPU = torch.device("cpu")

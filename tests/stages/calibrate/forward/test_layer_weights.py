@@ -8,8 +8,10 @@ from transformers import AutoModelForCausalLM
 from stages.calibrate.forward.layer_weights import OUTSIDE, Weights, materialise_buffers
 from stages.model.decoder import LayerwiseUnsupported, find_decoder
 from stages.model.skeleton import Skeleton, load_config
+from state.errors import IdentityMismatch
 from state.source import Source
 from tests.stages.calibrate.families import save_tiny
+from tests.stages.model.changing import overwrite
 
 CPU = torch.device("cpu")
 
@@ -109,6 +111,21 @@ def test_a_conversion_that_fails_is_named(tmp_path):
         LayerwiseUnsupported, match=r"can't convert .*model\.layers\.1\.mlp\.experts\.gate_up_proj"
     ):
         weights.load(1, weights.read(1))
+
+
+def test_a_layer_is_read_as_it_was_digested_or_not_at_all(tmp_path):
+    folder = save_tiny("llama", tmp_path)
+    source = Source.open(folder)
+    source.digests(threads=1)
+    skeleton = Skeleton(load_config(folder), source.tensors)
+    weights = Weights(find_decoder(skeleton.model), skeleton.parameter_of, source, CPU)
+    weights.read(0)
+    overwrite(
+        folder / "model.safetensors", source.tensors["model.layers.1.mlp.up_proj.weight"].start, b"\x80"
+    )
+    weights.read(0)
+    with pytest.raises(IdentityMismatch, match=r"tensors\.model\.layers\.1\.mlp\.up_proj\.weight: stored"):
+        weights.read(1)
 
 
 def test_writing_to_a_loaded_weight_leaves_the_checkpoint_alone(tmp_path):

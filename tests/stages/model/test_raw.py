@@ -2,7 +2,7 @@
 
 import torch
 
-from stages.export.raw import raw_bytes
+from stages.model.raw import raw_bytes
 
 
 def test_raw_bytes_are_row_major() -> None:
