@@ -2,13 +2,16 @@
 what is accepted must mean what was written.
 """
 
+import json
 import random
 import re
+import tempfile
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from stages.calibrate.forward.kept import BrokenRecord, read_boundary
 from stages.export.records import Written, decode_journal, decode_mark
 from stages.export.standing import damaged_files, read_identity
 from state.durable import Disk
@@ -27,7 +30,7 @@ PART = 2000  # bits
 Read = Callable[[bytes], Any]
 """From the bytes of a record to what they mean; raises where they are not accepted."""
 
-REFUSALS = (HoldfastError, BrokenHead, BrokenObject, ValueError)
+REFUSALS = (HoldfastError, BrokenHead, BrokenObject, BrokenRecord, ValueError)
 
 
 class Refused(ValueError):
@@ -78,6 +81,8 @@ def reader(folder: Path, name: str) -> Read | None:
         if expected is not None:
             return lambda data: read_object(run, path, expected, Giving(run / path, data))
         return None
+    if re.fullmatch(r"run/activations/.*\.json", name):
+        return lambda data: _boundary(data, folder / name)
     export = folder / name.split("/")[0]
     if name.endswith("/holdfast_export.json"):
         journal = decode_journal((export / "holdfast_journal.jsonl").read_bytes())
@@ -121,6 +126,13 @@ def _pointer(data: bytes, run: Path) -> Any:
     if pointer.fault is not None:
         raise Refused(pointer.fault)
     return pointer
+
+
+def _boundary(data: bytes, path: Path) -> Any:
+    written = json.loads(path.read_bytes())
+    with tempfile.NamedTemporaryFile() as other:
+        Path(other.name).write_bytes(data)
+        return read_boundary(Path(other.name), written["layer"], written["circumstances"])
 
 
 def _counting(data: bytes, export: Path) -> set[Written]:
