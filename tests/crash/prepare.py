@@ -38,9 +38,6 @@ def prepare(folder: Path, wanted: Sequence[str], states: Sequence[str] = ()) -> 
     (folder / "templates").mkdir(parents=True)
     _must(server.call(lambda: make_source(folder / "source") or 0, folder / "log"), "making the model")
     laboratory = Laboratory(folder, {})
-    first = SCENARIOS[0]
-    server.import_all(lambda: undisturbed(laboratory, first, folder / "first" / "world", None), folder)
-    shutil.rmtree(folder / "first")
     strata: dict[str, dict[str, int]] = {}
     for scenario in needed([*wanted, *(_maker(state) for state in states)]):
         if scenario.template is not None:
@@ -75,15 +72,17 @@ def _maker(state: str) -> str:
 def _finish(laboratory: Laboratory, scenario: Scenario) -> dict[str, int]:
     """Run a scenario to its end and keep what it leaves. Returns its strata."""
     world = laboratory.folder / "ends" / scenario.name
-    counts = laboratory.folder / "counts"
+    counts, modules = laboratory.folder / "counts", laboratory.folder / "modules"
 
     def work() -> int:
         census = Census(world)
         code = undisturbed(laboratory, scenario, world, census)
         counts.write_text(json.dumps(dict(census.counts)), encoding="utf-8")
+        server.note_modules(modules)
         return code
 
-    _must(server.call(work, laboratory.folder / "log"), scenario.name)
+    _must(server.call(work, laboratory.folder / "log", longest=600), scenario.name)
+    server.import_noted(modules)
     end = content(world, scenario.makes)
     if end is None:
         raise RuntimeError(f"{scenario.name} left nothing")

@@ -108,23 +108,14 @@ def commit_after_every_batch() -> None:
     BackgroundWriter.busy = property(lambda self: False)  # type: ignore[method-assign, assignment]
 
 
-def import_all(work: Callable[[], int], folder: Path) -> None:
-    """Import here what `work`, done in a fork, imported on its way.
+def note_modules(file: Path) -> None:
+    """Write the names of all modules that this process has imported."""
+    file.write_text("\n".join(sys.modules), encoding="utf-8")
 
-    Raises:
-        RuntimeError: the work failed.
-    """
-    names = folder / "modules"
 
-    def noted() -> int:
-        code = work()
-        names.write_text("\n".join(sys.modules), encoding="utf-8")
-        return code
-
-    ended = call(noted, folder / "log", longest=600)
-    if ended.code != 0:
-        raise RuntimeError(f"the first command failed: {ended.output}")
-    for name in names.read_text(encoding="utf-8").split("\n"):
-        if name.split(".")[0] not in ("__main__", "__mp_main__"):
+def import_noted(file: Path) -> None:
+    """Import here what a fork has noted, so that later ones find it imported."""
+    for name in file.read_text(encoding="utf-8").split("\n"):
+        if name not in sys.modules and name.split(".")[0] not in ("__main__", "__mp_main__"):
             with contextlib.suppress(Exception):
                 importlib.import_module(name)
