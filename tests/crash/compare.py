@@ -5,6 +5,7 @@ import json
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from tests.crash.world import MINE, files_of
 
@@ -41,7 +42,7 @@ def run_content(trial: Path) -> Content | None:
     if head is None:
         return None
     numbered = [path for path in run.glob("heads/*.json") if path.stem.isdigit()]
-    older = [json.loads(path.read_bytes()) for path in numbered]
+    older = [one for one in map(_read_json, numbered) if one is not None]
     named = {path for one in (head, *older) for path in one["objects"]}
     files = {name: _digest(data) for name, data in files_of(run).items() if name in head["objects"]}
     generation = f"/{head['generation']}/"
@@ -53,12 +54,20 @@ def run_content(trial: Path) -> Content | None:
     return Content(promised, frozenset(name for name in strays if MINE not in name), head["number"], kept)
 
 
-def newest_head(run: Path) -> dict | None:
+def newest_head(run: Path) -> dict[str, Any] | None:
     """The head that `HEAD` names, as JSON; None where there is none."""
     try:
         name = (run / "HEAD").read_text(encoding="utf-8").split()[0]
-        found: dict = json.loads((run / name).read_bytes())
     except (OSError, ValueError, IndexError):
+        return None
+    return _read_json(run / name)
+
+
+def _read_json(path: Path) -> dict[str, Any] | None:
+    """A head's content; None where it was torn, or is gone."""
+    try:
+        found: dict[str, Any] = json.loads(path.read_bytes())
+    except (OSError, ValueError):
         return None
     return found
 
