@@ -28,6 +28,7 @@ from stages.calibrate.observe.relations import probe
 from stages.calibrate.observe.second_moments import Moments
 from stages.calibrate.schedule.layerwise import LayerByLayer, LayerSolver
 from stages.calibrate.schedule.solving import SolverPass
+from stages.calibrate.signals import StopRequest
 from stages.fold.sites import fold_map
 from stages.model.decoder import find_decoder
 from stages.model.skeleton import Skeleton, load_config
@@ -119,7 +120,8 @@ class Resident:
         statistics, quantizers = self._accumulators(), self.plans[recipe]
         solver = solver_of(quantizers)
         assert solver is not None
-        solving = SolverPass(solver, quantizers, self.skeleton, statistics, self.folds, set(), {})
+        folds, stop = self.folds, StopRequest()
+        solving = SolverPass(solver, quantizers, self.skeleton, statistics, folds, set(), {}, stop)
         timed = Timed(solving, self.device)
         both = self._run(tokens, statistics, timed)
         return both - timed.seconds, timed.seconds

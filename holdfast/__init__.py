@@ -97,7 +97,7 @@ def calibrate(settings: CalibrateSettings, progress: Progress | None = None) -> 
         InputError: something given is missing, malformed or not supported, or RunBusy, OutOfSpace.
         IdentityMismatch: the run is of other content, settings or environment; its `differences` say which.
         DamagedStore: no commit of the run is whole.
-        Stopped: SIGINT or SIGTERM came; the same call goes on.
+        Stopped: SIGINT, SIGTERM, SIGHUP or SIGUSR1 came, or `stop_after` was over; the same call goes on.
     """
     from stages.calibrate.run import calibrate
 

@@ -1,5 +1,5 @@
 """`python -m holdfast` is the command `holdfast`."""
 
-from pipeline.cli import main
+from pipeline.entry import main
 
 main()

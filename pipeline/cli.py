@@ -3,10 +3,8 @@
 Stages are imported when a command needs them: torch takes seconds, and all but the first two do without.
 """
 
-import signal
 from pathlib import Path
-from types import FrameType
-from typing import Annotated, NoReturn
+from typing import Annotated
 
 import typer
 
@@ -41,8 +39,8 @@ def calibrate(settings: CalibrateSettings) -> None:
 
     The forward is unquantized; for every site and channel the largest and summed |x| are kept, so one run
     serves FP8 and NVFP4 alike. A recipe with AWQ or GPTQ adds its solutions to the run, also to a finished
-    one. Commits come every 30 s. Ctrl-C commits, too. The same command again goes on where it stopped; a
-    finished run says so and does nothing.
+    one. Commits come every 30 s. Ctrl-C, SIGTERM, SIGHUP and SIGUSR1 commit, too, and so does --stop-after.
+    The same command again goes on where it stopped; a finished run says so and does nothing.
 
     **Examples**
 
@@ -150,13 +148,3 @@ def repair(
         from pipeline.repair import repair
 
         repair(run)
-
-
-def _terminated(_number: int, _frame: FrameType | None) -> NoReturn:
-    raise KeyboardInterrupt
-
-
-def main() -> None:
-    """Entry point of `holdfast` and `python -m holdfast`."""
-    signal.signal(signal.SIGTERM, _terminated)
-    app()

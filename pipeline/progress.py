@@ -95,21 +95,24 @@ def duration(seconds: float) -> str:
 
 
 class PlainProgress:
-    """Progress as lines of text: for logs, pipes and CI."""
+    """Progress as lines of text: for logs, pipes and CI. title: of what was begun last."""
 
     def __init__(self, write: Callable[[str], None], clock: Clock = time.monotonic) -> None:
         self._write = write
         self._clock = clock
         self._meter: Meter | None = None
         self._last_line = 0.0
+        self.title = ""
         self._lock = threading.Lock()  # commits are reported by the writer's thread
 
     def stage(self, title: str) -> None:
+        self.title = title
         with self._lock:
             self._meter = None
             self._write(title)
 
     def start(self, title: str, total: int, unit: str, done: int = 0) -> None:
+        self.title = title
         with self._lock:
             self._meter = Meter(title, total, unit, done, self._clock)
             self._last_line = self._clock()
@@ -160,15 +163,17 @@ class _MeterColumn(ProgressColumn):
 
 
 class TerminalProgress:
-    """Progress as a live bar, with everything else printed above it."""
+    """Progress as a live bar, with everything else printed above it. title: of what was begun last."""
 
     def __init__(self, console: Console, clock: Clock = time.monotonic) -> None:
         self._console = console
         self._clock = clock
         self._meter: Meter | None = None
         self._bar: Progress | None = None
+        self.title = ""
 
     def stage(self, title: str) -> None:
+        self.title = title
         self._stop()
         self._bar = Progress(
             SpinnerColumn(), TextColumn("{task.description}"), console=self._console, transient=True
@@ -177,6 +182,7 @@ class TerminalProgress:
         self._bar.start()
 
     def start(self, title: str, total: int, unit: str, done: int = 0) -> None:
+        self.title = title
         self._stop()
         self._meter = Meter(title, total, unit, done, self._clock)
         self._bar = Progress(
@@ -219,12 +225,16 @@ class TerminalProgress:
 def reporting() -> Iterator[StageProgress]:
     """The right progress for standard error; its bar is taken down however the work ends."""
     console = Console(stderr=True)
-    progress: StageProgress
+    progress: TerminalProgress | PlainProgress
     if console.is_terminal:
         progress = TerminalProgress(console)
     else:
         progress = PlainProgress(lambda line: print(line, file=sys.stderr, flush=True))
     try:
         yield progress
+    except OSError as error:
+        if error.filename is None and progress.title:
+            error.add_note(f"while {progress.title}")
+        raise
     finally:
         progress.finish()

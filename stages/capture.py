@@ -20,6 +20,7 @@ from stages.calibrate.identify import environment, identify
 from stages.calibrate.observe.arrays import quantizer_sites
 from stages.calibrate.observe.relations import probe, relations
 from stages.model.folder import locate
+from stages.model.plausible import require_possible_counts
 from stages.model.skeleton import Skeleton, load_config, refuse_other_weights, refuse_quantized
 from stages.model.weights import largest_magnitude
 from stages.progress import Progress, Silent
@@ -58,10 +59,11 @@ def capture(
     """
     progress, run = progress or Silent(), expand_home(run)
     folder = locate(source, None, progress)
+    tensors = Source.open(folder)
+    require_possible_counts(folder, tensors.tensors)
     config = load_config(folder)
     refuse_quantized(config, folder)
     refuse_other_weights(config, folder)
-    tensors = Source.open(folder)
     skeleton = Skeleton(config, tensors.tensors)
     plan_quantizers(skeleton, resolve(recipe))
     found = probe(skeleton, skeleton.model)

@@ -1,9 +1,10 @@
 """What a person asks of a stage. Each field is an option of the command line, its description the help."""
 
+import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator
 
 from state.home import expand_home
 
@@ -14,12 +15,37 @@ ExpertInputScale = Literal["layer", "expert"]
 Fold = Literal["auto", "none"]
 Schedule = Literal["auto", "whole", "layerwise"]
 
+LONGEST = 1000 * 86400.0
+"""Seconds of the longest duration: threads can't wait for much longer."""
+
 
 def _from_home(value: Any) -> Any:
     """A path that begins with `~` written out; anything else, such as a hub id, untouched."""
     return str(expand_home(value)) if isinstance(value, str | Path) and str(value).startswith("~") else value
 
 
+def seconds(duration: str) -> float:
+    """`90`, `90s`, `45m`, `3h55m`, `1d` in seconds. Raises ValueError for anything else, no time included."""
+    units = re.fullmatch(
+        r"(?:(\d+)d)?(?:(\d+)h)?(?:(\d+)m)?(?:(\d+(?:\.\d+)?)s?)?", duration.strip(), re.ASCII
+    )
+    parts = [float(part or 0) for part in units.groups()] if units else [0.0]
+    total = sum(part * unit for part, unit in zip(parts, (86400, 3600, 60, 1), strict=False))
+    if not 0 < total <= LONGEST:
+        raise ValueError("a time such as 90, 90s, 45m, 3h55m or 1d is needed")
+    return total
+
+
+def _duration(value: Any) -> Any:
+    """A duration as it was written; a number is seconds."""
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        value = str(value)
+    if isinstance(value, str):
+        seconds(value)
+    return value
+
+
+OptionalDuration = Annotated[str | None, BeforeValidator(_duration)]
 Folder = Annotated[Path, BeforeValidator(_from_home)]
 Place = Annotated[str, BeforeValidator(_from_home)]
 """A path, or a name that is looked up elsewhere."""
@@ -33,6 +59,17 @@ class Settings(BaseModel):
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _is_text(cls, value: Any) -> Any:
+        """Settings are recorded as UTF-8; names of files in other encodings can't be."""
+        if isinstance(value, str | Path):
+            try:
+                str(value).encode()
+            except UnicodeEncodeError:
+                raise ValueError("this is not UTF-8; rename it, or give a link to it") from None
+        return value
 
 
 class CalibrateSettings(Settings):
@@ -64,6 +101,10 @@ class CalibrateSettings(Settings):
     )
     commit_every: float = Field(
         default=30.0, gt=0, description="Seconds between two commits: the most work that a crash can cost."
+    )
+    stop_after: OptionalDuration = Field(
+        default=None,
+        description="Commit and stop after this time, such as 3h55m, as if a signal had come; exit code 75.",
     )
     resume: Literal["auto", "never", "required"] = Field(
         default="auto", description="Go on with the run that is at RUN: if there is one, never, or only so."

@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from types import TracebackType
 from typing import Self
 
@@ -45,8 +45,11 @@ class BackgroundWriter:
         Raises:
             HoldfastError: that commit failed.
         """
+        if self._pending is None:
+            return self._writer.head
+        wait([self._pending])
         pending, self._pending = self._pending, None
-        return pending.result() if pending is not None else self._writer.head
+        return pending.result()
 
     def __enter__(self) -> Self:
         return self
@@ -54,9 +57,23 @@ class BackgroundWriter:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._thread.shutdown(wait=True)
+        self._let_finish()
         if error is None:
             self.wait()
+
+    def _let_finish(self) -> None:
+        """Wait for the commit in flight, however often the wait is interrupted: whoever leaves this context
+        frees the run's lock next, and nobody may write without it.
+        """
+        interruption: BaseException | None = None
+        while self.busy and self._pending is not None:
+            try:
+                wait([self._pending])  # not the thread: a join that is interrupted takes it for ended
+            except BaseException as error:  # a signal handler's
+                interruption = error
+        self._thread.shutdown(wait=True)
+        if interruption is not None:
+            raise interruption
 
     def _commit(self, update: Update) -> Head:
         started = time.monotonic()

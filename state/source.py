@@ -17,6 +17,9 @@ SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 # As in the reference reader of safetensors.
 HEADER_LIMIT = 100_000_000
+DEPTH_LIMIT = 64
+FILE_LIMIT = 255
+NAME_LIMIT = 200  # of characters; names become those of files and folders, which may have 255 bytes
 
 DTYPE_BITS = {
     "BOOL": 8, "U8": 8, "I8": 8, "I16": 16, "U16": 16, "I32": 32, "U32": 32, "I64": 64, "U64": 64,
@@ -156,7 +159,13 @@ def weights_file(folder: Path) -> str:
     raise InputError(f"{folder} has neither {SINGLE} nor {INDEX} (found: {present})")
 
 
-def _read_json(path: Path, data: bytes) -> Any:
+def read_json(path: Path, data: bytes, unique: bool = True) -> Any:
+    """A JSON text of the model folder. unique: nothing may be named twice; else the last one counts.
+
+    Raises:
+        InputError: it is malformed, nested deeper than any that is meant, or names something twice.
+    """
+
     def refuse_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         if len({name for name, _ in pairs}) != len(pairs):
             names = [name for name, _ in pairs]
@@ -164,14 +173,24 @@ def _read_json(path: Path, data: bytes) -> Any:
         return dict(pairs)
 
     try:
-        return json.loads(data.decode(), object_pairs_hook=refuse_duplicates)
+        content = json.loads(data.decode(), object_pairs_hook=refuse_duplicates if unique else None)
     except (ValueError, RecursionError) as error:
         raise InputError(f"{path}: malformed JSON ({error})") from error
+    if _is_deeper(content, DEPTH_LIMIT):
+        raise InputError(f"{path}: malformed JSON (nested deeper than {DEPTH_LIMIT} levels)")
+    return content
+
+
+def _is_deeper(value: Any, levels: int) -> bool:
+    if not isinstance(value, dict | list):
+        return False
+    items = value.values() if isinstance(value, dict) else value
+    return levels == 0 or any(_is_deeper(item, levels - 1) for item in items)
 
 
 def _read_index(path: Path) -> dict[str, str]:
     try:
-        content = _read_json(path, path.read_bytes())
+        content = read_json(path, path.read_bytes())
     except OSError as error:
         raise InputError(f"{path} cannot be read: {error.strerror}") from error
     weight_map = content.get("weight_map") if isinstance(content, dict) else None
@@ -180,20 +199,26 @@ def _read_index(path: Path) -> dict[str, str]:
     for name, file in weight_map.items():
         if (
             not isinstance(file, str)
-            or not file
+            or not file.isprintable()
+            or not 0 < len(file) <= FILE_LIMIT
             or PurePosixPath(file).is_absolute()
             or ".." in Path(file).parts
         ):
-            raise InputError(f"{path}: {name} is said to be in {file!r}, outside the model folder")
+            raise InputError(
+                f"{path}: {name[:NAME_LIMIT]!r} is said to be in {str(file)[:60]!r}, which is no file in the "
+                "model folder"
+            )
         if not (path.parent / file).is_file():
-            raise InputError(f"{path}: {name} is said to be in {file}, which is missing. Download it again.")
+            raise InputError(
+                f"{path}: {name!r} is said to be in {file!r}, which is missing. Download it again."
+            )
     return weight_map
 
 
 def _check_index(path: Path, index: Mapping[str, str], tensors: Mapping[str, TensorEntry]) -> None:
     for name, file in index.items():
         if name not in tensors or tensors[name].file != file:
-            raise InputError(f"{path}: {name} is said to be in {file}, which does not have it")
+            raise InputError(f"{path}: {name!r} is said to be in {file!r}, which does not have it")
     for name, entry in tensors.items():
         if name not in index:
             raise InputError(f"{path} does not name {name}, which {entry.file} has")
@@ -205,7 +230,7 @@ def _read_header(path: Path, file: str, data: memoryview) -> list[TensorEntry]:
         raise InputError(
             f"{path} is truncated or no safetensors file ({len(data):,} bytes, header of {length:,})"
         )
-    header = _read_json(path, bytes(data[8 : 8 + length]))
+    header = read_json(path, bytes(data[8 : 8 + length]))
     if not isinstance(header, dict):
         raise InputError(f"{path}: the header is no JSON object")
     header.pop("__metadata__", None)
@@ -230,7 +255,7 @@ def _entry(path: Path, file: str, name: str, fields: Any, base: int) -> TensorEn
     try:
         dtype, shape, (start, end) = fields["dtype"], fields["shape"], fields["data_offsets"]
     except (KeyError, TypeError, ValueError):
-        raise InputError(f"{path}: the header of {name} lacks dtype, shape or data_offsets") from None
+        raise InputError(f"{path}: the header of {name!r} lacks dtype, shape or data_offsets") from None
     if not isinstance(dtype, str) or dtype not in DTYPE_BITS:
         raise InputError(f"{path}: {name} has the unknown dtype {dtype!r}")
     numbers = [start, end, *shape] if isinstance(shape, list) else [None]
@@ -238,4 +263,16 @@ def _entry(path: Path, file: str, name: str, fields: Any, base: int) -> TensorEn
         raise InputError(f"{path}: {name} has shape {shape!r} and offsets {[start, end]!r}")
     if (end - start) * 8 != prod(shape) * DTYPE_BITS[dtype]:
         raise InputError(f"{path}: {name} is {dtype}{shape}, which does not take {end - start:,} bytes")
+    _require_name(path, name)
     return TensorEntry(name, dtype, tuple(shape), file, base + start, end - start)
+
+
+def _require_name(path: Path, name: str) -> None:
+    """Names of tensors become those of arrays and files, and are shown to people."""
+    parts = name.split(".")
+    if not (name.isprintable() and len(name) <= NAME_LIMIT and all(parts)) or set(name) & set("/\\"):
+        shown = name if len(name) <= 60 else f"{name[:60]}..."
+        raise InputError(
+            f"{path}: {shown!r} is no name for a tensor (names are printable parts with dots between, "
+            f"without slashes, of at most {NAME_LIMIT} characters)"
+        )

@@ -12,8 +12,7 @@ from stages.calibrate.observe.accumulate import Accumulators
 from stages.calibrate.observe.arrays import plan_layout
 from stages.calibrate.observe.attach import record_weights
 from stages.calibrate.observe.complete import require_tokens
-from stages.calibrate.observe.relations import probe
-from stages.calibrate.prepare import Prepared
+from stages.calibrate.prepare import Prepared, probe_loaded
 from stages.calibrate.schedule.choose import Name, solved_layers, unsolved_layers
 from stages.calibrate.schedule.layerwise import LayerByLayer
 from stages.calibrate.schedule.solving import SolverPass
@@ -28,6 +27,7 @@ from state.background import BackgroundWriter
 from state.errors import Difference, IdentityMismatch, Stopped
 from state.identity import Environment, require_same
 from state.layout import Layout
+from state.place import PlacedDisk
 from state.reader import open_run
 from state.store import RunWriter
 from state.update import Generation, Update
@@ -44,18 +44,19 @@ class Pass:
     writer: RunWriter
     stop: StopRequest
     progress: Progress
+    disk: PlacedDisk
     tokens: int = 0
 
     def run(self, name: Name) -> int:
         """Go from the run's cursor to the end of the pass. Returns the tokens this process took in."""
         schedule, statistics = self._whole() if name == "whole" else self._layerwise()
         cursor = self.writer.head.cursor
-        with (
-            schedule,  # left last: what it clears away is needed until the last commit is whole
-            BackgroundWriter(
-                self.writer, lambda head, seconds: self.progress.committed(head.number, seconds)
-            ) as background,
-        ):
+        background = BackgroundWriter(
+            self.writer, lambda head, seconds: self.progress.committed(head.number, seconds)
+        )
+        self.stop.check()
+        # The schedule is left last: what it clears away is needed until the last commit is whole.
+        with schedule, self.stop.waiting(lambda: background.busy), background:
             self.progress.start("calibrating", schedule.total(), "batches", schedule.done(cursor))
             last = time.monotonic()
             for step in schedule.steps(cursor):
@@ -84,6 +85,7 @@ class Pass:
         return Update(step.cursor, step.finished, generation, step.solutions)
 
     def _tick(self, tokens: int) -> None:
+        self.disk.check()
         self.tokens += tokens
         self.progress.advance(1, tokens=tokens)
 
@@ -102,7 +104,7 @@ class Pass:
         work, settings = self.work, self.settings
         self.progress.stage(f"loading {work.folder.name} onto {work.device}")
         model = load_model(work.skeleton, work.source, work.device, settings.experts)
-        layout = plan_layout(work.skeleton, work.probe or probe(work.skeleton, model))
+        layout = plan_layout(work.skeleton, probe_loaded(work, model))
         stored = self._stored(layout)
         statistics = Accumulators(layout, work.device, stored)
         if stored is None:
@@ -148,7 +150,9 @@ class Pass:
         shapes = {name: entry.shape for name, entry in work.source.tensors.items()}
         folds = fold_map(shapes, TextModel.of(work.config), statistics.layout.relations)
         attributes = {"environment": work.environment.model_dump(mode="json")}
-        return SolverPass(work.solver, work.quantizers, work.skeleton, statistics, folds, solved, attributes)
+        return SolverPass(
+            work.solver, work.quantizers, work.skeleton, statistics, folds, solved, attributes, self.stop
+        )
 
     def _require_same_environment(self, solver_id: str, layer: int) -> None:
         """Solutions of one solver come from one environment, or from several by consent."""

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from transformers import PretrainedConfig
+from transformers import PretrainedConfig, PreTrainedModel
 
 from stages.calibrate.forward.whole_model import load_tokenizer, pick_device
 from stages.calibrate.identify import environment, identify
@@ -14,6 +14,7 @@ from stages.calibrate.observe.relations import Probe, probe
 from stages.calibrate.text.texts import DataUnreachable
 from stages.calibrate.text.tokens import token_matrix
 from stages.model.folder import locate
+from stages.model.plausible import require_possible_counts, require_possible_sizes
 from stages.model.skeleton import Skeleton, load_config, refuse_other_weights, refuse_quantized
 from stages.progress import Progress
 from stages.recipe.quantizer_plan import QuantizerPlan
@@ -21,9 +22,10 @@ from stages.recipe.quantizers import plan_quantizers
 from stages.recipe.recipes import resolve
 from stages.recipe.solvers import Solver, solver_of
 from stages.settings import CalibrateSettings
-from state.errors import IdentityMismatch
+from state.errors import HoldfastError, IdentityMismatch, InputError
 from state.identity import Environment, Identity, require_same, unrecorded
 from state.reader import open_run
+from state.reasons import reason
 from state.source import Source
 from state.store import RunWriter
 
@@ -60,11 +62,13 @@ def prepare(settings: CalibrateSettings, writer: RunWriter | None, progress: Pro
     recipe = resolve(settings.recipe)
     device = pick_device(settings.device)
     folder = locate(settings.model, settings.revision, progress)
+    source = Source.open(folder)
+    require_possible_counts(folder, source.tensors)
     config = load_config(folder, settings.trust_remote_code)
     refuse_quantized(config, folder)
     refuse_other_weights(config, folder)
-    source = Source.open(folder)
     skeleton = Skeleton(config, source.tensors, settings.trust_remote_code)
+    require_possible_sizes(folder, skeleton.model, skeleton.parameter_of, source.tensors)
     quantizers = plan_quantizers(skeleton, recipe)
     solver = solver_of(quantizers)
     if solver is not None and solver.needs_pass:
@@ -72,6 +76,7 @@ def prepare(settings: CalibrateSettings, writer: RunWriter | None, progress: Pro
             matrix = skeleton.matrix(module)
             weight.refuse(matrix.tensor, matrix.shape(source.tensors))
     tokens = _tokens(settings, folder, writer, progress)
+    _refuse_unknown(tokens, skeleton, folder)
     identity = identify(folder, source, config, skeleton, tokens, progress)
     here = environment(skeleton, device, settings.experts, settings.batch)
     if writer is not None:
@@ -119,6 +124,15 @@ def _tokens(
         return open_run(settings.run).tokens
 
 
+def _refuse_unknown(tokens: NDArray[np.int32], skeleton: Skeleton, folder: Path) -> None:
+    known, largest = skeleton.model.get_input_embeddings().weight.shape[0], int(tokens.max())
+    if largest >= known:
+        raise InputError(
+            f"the tokenizer in {folder} makes token {largest}, and the model knows {known} tokens. Is the "
+            "tokenizer the model's own?"
+        )
+
+
 def _check_environment(
     settings: CalibrateSettings, writer: RunWriter, here: Environment, progress: Progress
 ) -> None:
@@ -150,5 +164,19 @@ def _probe_on_meta(skeleton: Skeleton) -> Probe | None:
     """
     try:
         return probe(skeleton, skeleton.model)
-    except (RuntimeError, NotImplementedError):
+    except HoldfastError:
+        raise
+    except Exception:  # the model's own code; what is wrong with it shows when it is probed again
         return None
+
+
+def probe_loaded(work: Prepared, model: PreTrainedModel) -> Probe:
+    """The probe of a loaded model. Raises InputError where its forward fails."""
+    try:
+        return work.probe or probe(work.skeleton, model)
+    except HoldfastError:
+        raise
+    except Exception as error:  # the model's own code, with the numbers of its configuration
+        raise InputError(
+            f"{work.folder}: the model can't compute with what its config.json says: {reason(error)}"
+        ) from error

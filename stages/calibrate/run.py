@@ -1,7 +1,7 @@
 """The calibrate stage: from a model and text to a run, going on wherever an earlier process stopped."""
 
 import time
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from importlib.metadata import version
 
 from stages.calibrate.forward.hidden import discard
@@ -9,19 +9,22 @@ from stages.calibrate.one_pass import Pass, stop_message
 from stages.calibrate.prepare import Prepared, prepare
 from stages.calibrate.schedule.choose import next_schedule
 from stages.calibrate.schedule.layerwise import FOLDER
-from stages.calibrate.signals import stop_on_signal
+from stages.calibrate.signals import Interrupted, StopRequest, stop_on_signal
 from stages.calibrate.summary import Summary, measure_coverage
 from stages.progress import Progress
 from stages.recipe.kept_plans import keep_plan, kept_plan
 from stages.recipe.model_plan import describe
-from stages.settings import CalibrateSettings
+from stages.settings import CalibrateSettings, seconds
 from state.claim import Claim
 from state.durable import Disk
 from state.errors import InputError, Stopped
+from state.place import PlacedDisk
 from state.reader import Calibration, open_run
 from state.record import RunRecord, SourceDescription
 from state.recovery import published
 from state.store import RunWriter
+
+NOTHING = "nothing was committed yet"
 
 
 def calibrate(settings: CalibrateSettings, progress: Progress) -> Summary:
@@ -31,15 +34,27 @@ def calibrate(settings: CalibrateSettings, progress: Progress) -> Summary:
     Raises InputError, IdentityMismatch, DamagedStore or RunBusy (see state.errors) with nothing lost, and
     Stopped when a signal asked for it and the progress is committed.
     """
+    with stop_on_signal() as stop, _limited(stop, settings):
+        try:
+            return _calibrate(settings, progress, stop)
+        except Interrupted:
+            where = "what was committed before is untouched" if published(settings.run, Disk()) else NOTHING
+            raise Stopped(stop_message(stop, settings, where)) from None
+
+
+def _calibrate(settings: CalibrateSettings, progress: Progress, stop: StopRequest) -> Summary:
     started = time.monotonic()
+    stop.check()
+    disk = PlacedDisk()
     with ExitStack() as stack:
-        stop = stack.enter_context(stop_on_signal())
-        writer = _existing(settings, progress)
-        held: RunWriter | Claim = writer or Claim(settings.run)
+        stack.callback(disk.leave)
+        writer = _existing(settings, progress, disk)
+        held: RunWriter | Claim = writer or Claim(settings.run, disk)
         stack.enter_context(held)  # from here on nobody else may begin
+        disk.stay_at(settings.run)
         work = prepare(settings, writer, progress)
-        if stop:
-            raise Stopped(stop_message(stop, settings, "before the first batch"))
+        stop.check()
+        disk.check()
         if isinstance(held, Claim):
             held = stack.enter_context(held.create(_record(settings, work), work.tokens))
         else:
@@ -48,7 +63,7 @@ def calibrate(settings: CalibrateSettings, progress: Progress) -> Summary:
         _keep_plan(settings, work)
         tokens, did_something = 0, False
         while (schedule := next_schedule(settings, work, held.head)) is not None:
-            tokens += Pass(settings, work, held, stop, progress).run(schedule)
+            tokens += Pass(settings, work, held, stop, progress, disk).run(schedule)
             did_something = True
         for note in held.notes[said:]:
             progress.warn(note)
@@ -59,8 +74,14 @@ def calibrate(settings: CalibrateSettings, progress: Progress) -> Summary:
         return _summary(settings, open_run(settings.run), tokens, started, not did_something)
 
 
-def _existing(settings: CalibrateSettings, progress: Progress) -> RunWriter | None:
-    if not published(settings.run, Disk()):
+def _limited(stop: StopRequest, settings: CalibrateSettings) -> AbstractContextManager[None]:
+    if settings.stop_after is None:
+        return nullcontext()
+    return stop.limited(seconds(settings.stop_after), f"--stop-after {settings.stop_after}")
+
+
+def _existing(settings: CalibrateSettings, progress: Progress, disk: Disk) -> RunWriter | None:
+    if not published(settings.run, disk):
         if settings.resume == "required":
             raise InputError(
                 f"there is no run at {settings.run} to resume; leave --resume required out to begin one"
@@ -70,7 +91,7 @@ def _existing(settings: CalibrateSettings, progress: Progress) -> RunWriter | No
         raise InputError(
             f"{settings.run} exists already; give another RUN, delete it, or leave --resume never out"
         )
-    writer = RunWriter.resume(settings.run)
+    writer = RunWriter.resume(settings.run, disk)
     for note in writer.notes:
         progress.warn(note)
     return writer
@@ -85,7 +106,7 @@ def _keep_plan(settings: CalibrateSettings, work: Prepared) -> None:
 
 def _record(settings: CalibrateSettings, work: Prepared) -> RunRecord:
     return RunRecord(
-        settings=settings.model_dump(mode="json"),
+        settings=settings.model_dump(mode="json", exclude={"stop_after"}),  # of a process, not of the run
         identity=work.identity,
         environment=work.environment,
         source=SourceDescription(model=settings.model, revision=settings.revision),

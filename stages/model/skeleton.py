@@ -21,7 +21,9 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
 from stages.model.matrices import StoredMatrix
+from stages.model.plausible import read_config
 from state.errors import InputError
+from state.reasons import reason
 from state.source import weights_file
 
 
@@ -63,15 +65,15 @@ class ExpertsModule:
 
 def load_config(folder: Path, trust_remote_code: bool = False) -> PretrainedConfig:
     """The model's configuration. Raises InputError when it is missing, unreadable or of an unknown kind."""
-    if not (folder / "config.json").is_file():
-        raise InputError(
-            f"{folder} holds no config.json; MODEL must be a Hugging Face model folder or a hub id"
-        )
+    read_config(folder)
     try:
         return AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
-    except (ValueError, OSError, KeyError, TypeError) as error:
-        first = str(error).strip().splitlines()[0]
-        raise InputError(f"{folder}/config.json can't be used: {first}") from error
+    except (
+        Exception
+    ) as error:  # the class of a model computes with what it finds, and raises what comes of it
+        raise InputError(
+            f"{folder}/config.json can't be used: {type(error).__name__}: {reason(error)}"
+        ) from error
 
 
 def refuse_quantized(config: PretrainedConfig, folder: Path) -> None:
@@ -249,9 +251,11 @@ def build_meta_model(config: PretrainedConfig, trust_remote_code: bool = False) 
     try:
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
-    except (ValueError, KeyError, TypeError, AttributeError, ImportError) as error:
-        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise InputError(f"no causal language model can be built from this config.json: {first}") from error
+    except Exception as error:  # as for the configuration
+        raise InputError(
+            "no causal language model can be built from this config.json: "
+            f"{type(error).__name__}: {reason(error)}"
+        ) from error
     return model.eval()
 
 

@@ -17,6 +17,7 @@ from stages.model.skeleton import ExpertsModule, Skeleton, build_meta_model
 from stages.recipe.quantizer_plan import KvFormat, QuantizerPlan
 from stages.recipe.recipes import ALGORITHMS, Recipe
 from state.errors import InputError
+from state.reasons import reason
 
 
 def plan_quantizers(skeleton: Skeleton, recipe: Recipe) -> QuantizerPlan:
@@ -55,7 +56,12 @@ def _insert(model: nn.Module, recipe: Recipe) -> None:
 
     with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        mtq.quantize(model, recipe.config(), None)
+        try:
+            mtq.quantize(model, recipe.config(), None)
+        except (RuntimeError, ValueError, AssertionError) as error:
+            raise InputError(
+                f"modelopt can't place the quantizers of this recipe in the model: {reason(error)}"
+            ) from error
 
 
 class _PlanReader:

@@ -64,6 +64,18 @@ def test_every_setting_is_an_option_with_the_same_default(name: str, settings: t
         (["--samples", "0"], "samples = 0: input should be greater than 0"),
         (["--seq", "-5"], "seq = -5: input should be greater than 0"),
         (["--commit-every", "0"], "commit-every = 0.0: input should be greater than 0"),
+        (
+            ["--stop-after", "soon"],
+            "stop-after = 'soon': value error, a time such as 90, 90s, 45m, 3h55m or 1d is needed",
+        ),
+        (
+            ["--stop-after", "0"],
+            "stop-after = '0': value error, a time such as 90, 90s, 45m, 3h55m or 1d is needed",
+        ),
+        (
+            ["--column", "\udcff"],
+            "column = '\\udcff': value error, this is not utf-8; rename it, or give a link to it",
+        ),
     ],
 )
 def test_impossible_settings_exit_2(arguments: list[str], message: str) -> None:
@@ -82,6 +94,46 @@ def test_impossible_settings_exit_2(arguments: list[str], message: str) -> None:
 )
 def test_a_mistyped_command_exits_2(arguments: list[str]) -> None:
     assert runner.invoke(app, arguments).exit_code == 2
+
+
+@pytest.mark.parametrize(
+    "option", [o for o, f in CalibrateSettings.model_fields.items() if not f.is_required()]
+)
+def test_a_value_of_the_wrong_type_is_one_clear_error(option: str) -> None:
+    """What a newcomer types: words for numbers, and names that are none of the choices."""
+    kind = CalibrateSettings.model_fields[option].annotation
+    wrong = {int: "many", float: "often"}.get(kind, "wrong")  # type: ignore[arg-type]
+    flag = f"--{option.replace('_', '-')}"
+    ended = runner.invoke(app, ["calibrate", "/none/model", "/none/text.jsonl", "/dev/null/run", flag, wrong])
+    assert ended.exit_code == 2
+    assert "Traceback" not in ended.output
+    assert ended.stderr.strip() != ""
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["/none", "{data}", "{run}"], "there is no folder /none; MODEL is"),
+        (["{data}", "{data}", "{run}"], "there is no folder {data}; MODEL is"),
+        (["{run}", "{data}", "{run}2"], "there is no folder {run}; MODEL is"),
+        (["{folder}", "{data}", "{run}"], "{folder} has neither model.safetensors nor"),
+        (["{folder}", "{data}", "{data}"], "{data} is a file. Choose another name for the run."),
+        (["{folder}", "{data}", "/dev/null/run"], "/dev/null"),
+        (["", "{data}", "{run}"], "neither model.safetensors nor"),
+    ],
+)
+def test_an_argument_of_the_wrong_kind_is_one_line(
+    tmp_path: Path, arguments: list[str], message: str
+) -> None:
+    places = {name: str(tmp_path / name) for name in ("run", "data", "folder")}
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "data").write_text("text\n")
+    ended = runner.invoke(app, ["calibrate", *(argument.format(**places) for argument in arguments)])
+    assert ended.exit_code == 2
+    said = ended.stderr.splitlines()[-1]
+    assert said.startswith("holdfast: ") and message.format(**places) in said
+    assert "Traceback" not in ended.stderr
+    assert not (tmp_path / "run").exists()
 
 
 def test_status_of_no_run_exits_2_in_one_line(tmp_path: Path) -> None:

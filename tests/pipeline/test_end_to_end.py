@@ -33,8 +33,8 @@ def calibrate(demo: Path, run: Path, *options: str) -> Result:
 
 @pytest.fixture
 def stopped_by_sigterm(folder: Path) -> Iterator[None]:
-    """Sends this process SIGTERM as soon as the run exists; one that comes too late is ignored."""
-    before = signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    """Sends this process SIGTERM as soon as the run exists; one that comes too late does nothing."""
+    before = signal.signal(signal.SIGTERM, lambda *_: None)
 
     def wait_and_send() -> None:
         while not (folder / "run" / "HEAD").exists():

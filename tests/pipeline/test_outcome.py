@@ -6,7 +6,9 @@ import pytest
 import typer
 
 from pipeline.outcome import describe, exit_codes
+from pipeline.progress import reporting
 from pipeline.versions import report
+from stages.calibrate.signals import Interrupted
 from stages.settings import ExportSettings
 from state.errors import DamagedStore, IdentityMismatch, InputError, OutOfSpace, RunBusy, Stopped
 
@@ -29,7 +31,19 @@ class OutOfMemoryError(RuntimeError):
             75,
         ),
         (PermissionError(13, "Permission denied", "/x/run"), "/x/run: Permission denied", 2),
-        (OSError("no file is named"), "no file is named", 2),
+        (OSError("no file is named"), "no file is named (OSError)", 2),
+        (OSError(116, "Stale file handle"), "Stale file handle (ESTALE)", 2),
+        (OSError(24, "Too many open files"), "Too many open files (EMFILE)", 2),
+        (OSError(), "OSError", 2),
+        (OSError(116, "Stale file handle", b"/x/\xff"), "/x/\udcff: Stale file handle", 2),
+        (OSError(9, "Bad file descriptor", 7), "file descriptor 7: Bad file descriptor", 2),
+        (MemoryError(), "out of memory: MemoryError A smaller --batch needs less.", 2),
+        (InputError(""), "InputError", 2),
+        (
+            Interrupted("SIGHUP"),
+            "stopped by SIGHUP. What was committed is safe; the same command goes on from there.",
+            75,
+        ),
         (
             OutOfMemoryError("tried 2 GiB.\nmore"),
             "out of memory: tried 2 GiB. A smaller --batch needs less.",
@@ -73,6 +87,21 @@ def test_the_unexpected_names_versions_with_debug_too(capsys: pytest.CaptureFixt
     shown = capsys.readouterr().err
     assert "Traceback" in shown
     assert shown.endswith(f"{report()}\n")
+
+
+def test_what_a_terminal_would_obey_is_written_out(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(typer.Exit), exit_codes(debug=False):
+        raise InputError("\x1b[2Jbad\x00 \udcff\nand more")
+    assert capsys.readouterr().err == "holdfast: \\x1b[2Jbad\\x00 \\udcff\nand more\n"
+
+
+def test_an_error_without_a_file_says_what_was_being_done(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(typer.Exit), exit_codes(debug=False), reporting() as progress:
+        progress.stage("reading the weights' identity")
+        raise OSError(116, "Stale file handle")
+    assert capsys.readouterr().err.splitlines()[-1] == (
+        "holdfast: Stale file handle (ESTALE) while reading the weights' identity"
+    )
 
 
 def test_debug_shows_the_traceback(capsys: pytest.CaptureFixture[str]) -> None:

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 from pydantic import ValidationError
 
-from stages.settings import CalibrateSettings, ExportSettings
+from stages.settings import CalibrateSettings, ExportSettings, seconds
 from state.errors import InputError
 
 
@@ -32,3 +32,39 @@ def test_the_home_of_nobody_is_refused() -> None:
 def test_a_misspelt_name_is_refused() -> None:
     with pytest.raises(ValidationError, match="sample"):
         CalibrateSettings.model_validate({"model": "m", "data": "d", "run": "r", "sample": 3})
+
+
+@pytest.mark.parametrize(
+    ("written", "meant"),
+    [
+        ("90", 90),
+        ("90s", 90),
+        ("0.5", 0.5),
+        ("45m", 2700),
+        ("3h55m", 14100),
+        ("1d", 86400),
+        ("1d2h3m4s", 93784),
+    ],
+)
+def test_a_duration_is_written_as_people_write_it(written: str, meant: float) -> None:
+    assert seconds(written) == meant
+    settings = CalibrateSettings(model="m", data="d", run="r", stop_after=written)
+    assert settings.stop_after == written
+
+
+def test_a_number_is_seconds() -> None:
+    assert CalibrateSettings(model="m", data="d", run="r", stop_after=90).stop_after == "90"
+    assert CalibrateSettings(model="m", data="d", run="r").stop_after is None
+
+
+@pytest.mark.parametrize(
+    "written", ["", "0", "0s", "-5", "1w", "m", "5m3h", "1e3", "nan", "inf", "1001d", "٣"]
+)
+def test_what_is_no_duration_is_refused(written: str) -> None:
+    with pytest.raises(ValidationError, match="a time such as 90, 90s, 45m, 3h55m or 1d is needed"):
+        CalibrateSettings(model="m", data="d", run="r", stop_after=written)
+
+
+def test_what_can_t_be_recorded_is_refused() -> None:
+    with pytest.raises(ValidationError, match="this is not UTF-8"):
+        CalibrateSettings(model="m", data="d", run=Path("runs/\udcff"))

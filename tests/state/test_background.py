@@ -1,6 +1,8 @@
 import errno
 import os
+import signal
 import threading
+import time
 from pathlib import Path
 
 import numpy as np
@@ -8,7 +10,7 @@ import pytest
 
 from state.background import BackgroundWriter
 from state.durable import Disk
-from state.errors import OutOfSpace
+from state.errors import OutOfSpace, RunBusy
 from state.head import Cursor, Head
 from state.reader import open_run
 from state.store import RunWriter
@@ -84,3 +86,44 @@ def test_an_error_of_the_thread_reaches_the_caller(halfway: Path, disk: GatedDis
     assert open_run(halfway).head.number == 2
     assert driver.drive(halfway) == ()
     np.testing.assert_equal(dict(open_run(halfway).generation().arrays), driver.statistics_after(3))
+
+
+class Interruption(BaseException):
+    """What a signal handler may raise at any moment."""
+
+
+def test_the_lock_is_held_until_the_thread_ended_however_often_that_is_interrupted(
+    halfway: Path, disk: GatedDisk
+) -> None:
+    """Signals that raise in the main thread while it waits for a commit."""
+    sent = 0
+
+    def interrupt(_number: int, _frame: object) -> None:
+        nonlocal sent
+        sent += 1
+        raise Interruption
+
+    def send_and_open() -> None:
+        assert disk.reached.wait(30)
+        for _ in range(5):
+            time.sleep(0.05)
+            os.kill(os.getpid(), signal.SIGUSR1)
+        time.sleep(0.05)
+        with pytest.raises(RunBusy):
+            RunWriter.resume(halfway)
+        disk.gate.set()
+
+    before = signal.signal(signal.SIGUSR1, interrupt)
+    sender = threading.Thread(target=send_and_open)
+    try:
+        with pytest.raises(Interruption), RunWriter.resume(halfway, disk) as writer:  # noqa: SIM117
+            with BackgroundWriter(writer) as background:
+                sender.start()
+                background.submit(update(3))
+                background.wait()
+    finally:
+        sender.join()
+        signal.signal(signal.SIGUSR1, before)
+    assert sent > 1  # two that are sent while the process sleeps may arrive as one
+    assert open_run(halfway).head.number == 3
+    RunWriter.resume(halfway).close()

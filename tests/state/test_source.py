@@ -174,12 +174,17 @@ def test_a_flipped_bit_is_refused_or_changes_the_identity(
 @pytest.mark.parametrize(
     ("weight_map", "message"),
     [
-        (INDEX | {"a": "../model-1.safetensors"}, "outside the model folder"),
-        (INDEX | {"a": "/etc/passwd"}, "outside the model folder"),
-        (INDEX | {"a": 3}, "outside the model folder"),
-        (INDEX | {"a": "model-9.safetensors"}, "model-9.safetensors, which is missing"),
-        (INDEX | {"c": "model-1.safetensors"}, "c is said to be in model-1.safetensors, which does not have"),
-        ({"a": "model-2.safetensors", "b": "model-2.safetensors"}, "a is said to be in model-2"),
+        (INDEX | {"a": "../model-1.safetensors"}, "no file in the model folder"),
+        (INDEX | {"a": "/etc/passwd"}, "no file in the model folder"),
+        (INDEX | {"a": "x" * 5000}, "no file in the model folder"),
+        (INDEX | {"a": "x\0y"}, "no file in the model folder"),
+        (INDEX | {"a": 3}, "no file in the model folder"),
+        (INDEX | {"a": "model-9.safetensors"}, "'model-9.safetensors', which is missing"),
+        (
+            INDEX | {"c": "model-1.safetensors"},
+            "'c' is said to be in 'model-1.safetensors', which does not have",
+        ),
+        ({"a": "model-2.safetensors", "b": "model-2.safetensors"}, "'a' is said to be in 'model-2"),
         ({"a": "model-1.safetensors"}, None),
         ({}, "no weight_map"),
         ([], "no weight_map"),
@@ -211,3 +216,14 @@ def test_folders_without_weights(tmp_path: Path) -> None:
     (tmp_path / "pytorch_model.bin").write_bytes(b"")
     with pytest.raises(InputError, match=r"found: pytorch_model\.bin"):
         Source.open(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "name", ["", ".", "..", "a/b", "a\\b", "a..b", "../x.weight", "a\nb", "a\x1b[2J", "a\x00", "x" * 201]
+)
+def test_odd_names_of_tensors_are_refused(tmp_path: Path, name: str) -> None:
+    header = json.dumps({name: {"dtype": "U8", "shape": [1], "data_offsets": [0, 1]}}).encode()
+    (tmp_path / "model.safetensors").write_bytes(len(header).to_bytes(8, "little") + header + b"\0")
+    with pytest.raises(InputError, match="is no name for a tensor") as raised:
+        Source.open(tmp_path)
+    assert str(raised.value).replace(str(tmp_path), "").isprintable()

@@ -98,7 +98,11 @@ class FileBuffer:
     """
 
     def __init__(self, path: Path, device: torch.device, blocks: Blocks | None = None) -> None:
-        path.parent.mkdir(parents=True, exist_ok=True)
+        for folder in (
+            path.parent.parent,
+            path.parent,
+        ):  # not the run's: one that was moved is not begun anew
+            folder.mkdir(exist_ok=True)
         self.path = path
         self._device = device
         self.blocks = dict(blocks or {})

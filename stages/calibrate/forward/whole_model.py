@@ -7,10 +7,12 @@ import torch
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
+from stages.model.plausible import require_possible_ids
 from stages.model.skeleton import Skeleton
 from stages.model.weights import read_tensor
 from stages.recipe.model_plan import stated_dtype
 from state.errors import InputError
+from state.reasons import reason
 from state.source import Source
 
 
@@ -64,7 +66,7 @@ def load_model(skeleton: Skeleton, source: Source, device: torch.device, experts
             output_loading_info=True,
         )
     except (RuntimeError, ValueError, OSError) as error:
-        raise InputError(f"{folder} can't be loaded: {_first_lines(error)}") from error
+        raise InputError(f"{folder} can't be loaded: {reason(error)}") from error
     finally:
         logging.set_verbosity(verbosity)
         if bars:
@@ -97,12 +99,8 @@ class _Stored:
 
 def load_tokenizer(folder: Path, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
     """The model's tokenizer. Raises InputError where the folder holds none that works."""
+    require_possible_ids(folder)
     try:
         return AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
     except Exception as error:  # tokenizers raises bare Exception for a malformed tokenizer.json
-        raise InputError(f"the tokenizer in {folder} can't be loaded: {_first_lines(error)}") from error
-
-
-def _first_lines(error: Exception) -> str:
-    lines = [line.strip() for line in str(error).strip().splitlines() if line.strip()]
-    return " ".join(lines[:3]) or type(error).__name__
+        raise InputError(f"the tokenizer in {folder} can't be loaded: {reason(error)}") from error

@@ -11,6 +11,7 @@ from stages.calibrate.observe.accumulate import Accumulators
 from stages.calibrate.observe.attach import split_projections
 from stages.calibrate.observe.host import to_host
 from stages.calibrate.observe.second_moments import Moments
+from stages.calibrate.signals import StopRequest
 from stages.fold.folds import FoldMap, FoldSite
 from stages.formats import WeightFormat
 from stages.model.skeleton import Skeleton
@@ -29,6 +30,8 @@ class SolverPass:
     Args:
         solved: layers whose solutions the run holds already.
         attributes: kept with every solution, such as the environment it was found in.
+        stop: raised as Interrupted while a layer is solved, which may take minutes: without its end the layer
+        has to be solved again anyway.
     """
 
     def __init__(
@@ -40,10 +43,11 @@ class SolverPass:
         folds: FoldMap,
         solved: set[int],
         attributes: dict[str, Any],
+        stop: StopRequest,
     ) -> None:
         self.solver, self.quantizers, self.skeleton = solver, quantizers, skeleton
         self.statistics, self.folds = statistics, folds
-        self.solved, self.attributes = set(solved), attributes
+        self.solved, self.attributes, self.stop = set(solved), attributes, stop
         self.modules = _modules_by_layer(quantizers)
         self.sites = _sites_by_layer(folds)
 
@@ -61,13 +65,14 @@ class SolverPass:
     def solve(self, layer: int, moments: Moments) -> Solution:
         """The layer's solution; its weights are loaded."""
         method = self.solver.method
-        found = solve_layer(
-            self._groups(layer, moments),
-            self._places(layer),
-            scales_by_awq=method in ("awq_lite", "awq_full") or self.solver.awq_first,
-            clip=method in ("awq_clip", "awq_full"),
-            damping=self.solver.damping if method == "gptq" else None,
-        )
+        with self.stop.at_once():
+            found = solve_layer(
+                self._groups(layer, moments),
+                self._places(layer),
+                scales_by_awq=method in ("awq_lite", "awq_full") or self.solver.awq_first,
+                clip=method in ("awq_clip", "awq_full"),
+                damping=self.solver.damping if method == "gptq" else None,
+            )
         modules = self.modules[layer]
         kept = {module: reason for module, reason in self.folds.impossible.items() if module in modules}
         attributes = self.attributes | {"method": method, "policies": found.policies, "kept_at_one": kept}

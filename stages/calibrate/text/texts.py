@@ -8,11 +8,14 @@ from typing import Any
 
 from state.errors import InputError
 from state.home import expand_home
+from state.naming import naming
+from state.reasons import reason
 
 CHAT_COLUMNS = ("messages", "conversations")
 TABLES = (".jsonl", ".ndjson", ".parquet")
 TEXTS = (".txt", ".md", ".rst")
 PIECE = 1 << 20  # characters of a plain text file read at a time
+LONGEST = 8 << 20  # characters of a line, document or conversation; tokenizers take texts as a whole
 FORMS = "JSONL (.jsonl), Parquet (.parquet), plain text, a folder or glob of these, or the name of a data set"
 
 Render = Callable[[list[dict[str, str]]], str]
@@ -98,26 +101,43 @@ def is_reachable(data: str) -> bool:
     return True
 
 
-def _jsonl_rows(file: Path) -> Iterator[Row]:
+def _lines(file: Path) -> Iterator[str]:
+    """The lines of a file. Raises InputError for one that is too long or not UTF-8, having read no more."""
     try:
-        with file.open(encoding="utf-8-sig") as lines:
-            for number, line in enumerate(lines, start=1):
-                if not line.strip():
-                    continue
-                where = f"{file}:{number}"
-                try:
-                    fields = json.loads(line)
-                except json.JSONDecodeError as error:
-                    raise InputError(f"{where}: not JSON ({error.msg}, column {error.colno}).") from error
-                if not isinstance(fields, dict):
-                    raise InputError(f"{where}: a JSON object is needed, here is {type(fields).__name__}.")
-                yield Row(where, fields)
+        with naming(file), file.open(encoding="utf-8-sig") as handle:
+            number = 0
+            while line := handle.readline(LONGEST + 1):
+                number += 1
+                _refuse_long(f"{file}:{number}", line)
+                yield line
     except UnicodeDecodeError as error:
-        raise _not_utf8(file, error) from error
+        raise InputError(f"{file}: not UTF-8 text ({error.reason}). DATA is {FORMS}.") from error
+
+
+def _refuse_long(where: str, text: str) -> None:
+    if len(text) > LONGEST:
+        raise InputError(
+            f"{where}: a text of more than {LONGEST:,} characters in one piece. Split it into several."
+        )
+
+
+def _jsonl_rows(file: Path) -> Iterator[Row]:
+    for number, line in enumerate(_lines(file), start=1):
+        if not line.strip():
+            continue
+        where = f"{file}:{number}"
+        try:
+            fields = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise InputError(f"{where}: not JSON ({error.msg}, column {error.colno}).") from error
+        except (ValueError, RecursionError) as error:  # a number of 5,000 digits, a list within 5,000 lists
+            raise InputError(f"{where}: not JSON ({error}).") from error
+        if not isinstance(fields, dict):
+            raise InputError(f"{where}: a JSON object is needed, here is {type(fields).__name__}.")
+        yield Row(where, fields)
 
 
 def _parquet_rows(file: Path) -> Iterator[Row]:
-    import pyarrow
     import pyarrow.parquet
 
     try:
@@ -126,8 +146,8 @@ def _parquet_rows(file: Path) -> Iterator[Row]:
             for fields in batch.to_pylist():
                 number += 1
                 yield Row(f"{file}: row {number}", fields)
-    except pyarrow.ArrowException as error:
-        raise InputError(f"{file}: not readable as Parquet ({str(error).splitlines()[0]})") from error
+    except Exception as error:  # pyarrow raises errors of its own, OSError, and those of decoding a value
+        raise InputError(f"{file}: not readable as Parquet ({reason(error)})") from error
 
 
 def _dataset_rows(data: str, split: str) -> Iterator[Row]:
@@ -139,26 +159,22 @@ def _dataset_rows(data: str, split: str) -> Iterator[Row]:
         for number, fields in enumerate(rows, start=1):
             yield Row(f"{data}[{split}]: row {number}", fields)
     except Exception as error:  # datasets raises errors of its own, the hub's, fsspec's and the network's
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise DataUnreachable(
             f"DATA {data}: no such file here, and loading a data set of this name (split {split}) failed: "
-            f"{reason} DATA is {FORMS}."
+            f"{reason(error)} DATA is {FORMS}."
         ) from error
 
 
 def _text_pieces(file: Path) -> Iterator[Piece]:
-    try:
-        with file.open(encoding="utf-8-sig") as handle:
-            begins = True
-            while lines := handle.readlines(PIECE):
-                yield Piece("".join(lines), begins)
-                begins = False
-    except UnicodeDecodeError as error:
-        raise _not_utf8(file, error) from error
-
-
-def _not_utf8(file: Path, error: UnicodeDecodeError) -> InputError:
-    return InputError(f"{file}: not UTF-8 text ({error.reason}). DATA is {FORMS}.")
+    begins, piece, size = True, list[str](), 0
+    for line in _lines(file):
+        piece.append(line)
+        size += len(line)
+        if size > PIECE:
+            yield Piece("".join(piece), begins)
+            begins, piece, size = False, [], 0
+    if piece:
+        yield Piece("".join(piece), begins)
 
 
 def _documents(rows: Iterator[Row], column: str | None, render: Render) -> Iterator[Piece]:
@@ -169,12 +185,24 @@ def _documents(rows: Iterator[Row], column: str | None, render: Render) -> Itera
             raise InputError(f"{row.where}: no column {column!r}, but {_names(row)}. Choose with --column.")
         value = row.fields[column]
         if isinstance(value, str):
-            yield Piece(value)
+            yield _document(row, value)
         elif isinstance(value, list):
-            yield Piece(_rendered(row, render, _messages(row, column, value)))
+            yield _document(row, _rendered(row, render, _messages(row, column, value)))
         else:
             kind = type(value).__name__
             raise InputError(f"{row.where}: column {column!r} holds {kind}, not text or messages.")
+
+
+def _document(row: Row, text: str) -> Piece:
+    _refuse_long(row.where, text)
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise InputError(
+            f"{row.where}: {text[error.start]!r} at character {error.start} is half of a character "
+            f"(a lone surrogate), which no tokenizer takes. Take it out of the text."
+        ) from error
+    return Piece(text)
 
 
 def _rendered(row: Row, render: Render, messages: list[dict[str, str]]) -> str:
@@ -206,7 +234,7 @@ def _messages(row: Row, column: str, value: list[Any]) -> list[dict[str, str]]:
         if isinstance(message, dict) and "role" in message and "content" in message:
             messages.append({key: field for key, field in message.items() if field is not None})
         elif isinstance(message, dict) and "from" in message and "value" in message:
-            role = speakers.get(message["from"], message["from"])
+            role = speakers.get(str(message["from"]), message["from"])
             messages.append({"role": role, "content": message["value"]})
         else:
             raise InputError(

@@ -11,6 +11,7 @@ from transformers import PreTrainedTokenizerBase
 from stages.calibrate.text.texts import Piece, read_documents
 from stages.progress import Progress
 from state.errors import InputError
+from state.reasons import reason
 
 GROUP_PIECES = 64
 GROUP_CHARACTERS = 1 << 20
@@ -72,21 +73,31 @@ def token_matrix(
 
 def _encode(tokenizer: PreTrainedTokenizerBase, pieces: Iterator[Piece]) -> Iterator[NDArray[np.int32]]:
     """Token ids piece by piece, the end-of-text token before every document but the first."""
-    end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
-    separator: list[int] = []
+    end = np.array([] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id], dtype=np.int32)
+    separator = np.empty(0, dtype=np.int32)
     for group in _groups(pieces):
+        for piece, ids in zip(group, _token_ids(tokenizer, group), strict=True):
+            if len(ids):
+                yield np.concatenate([separator, ids]) if piece.begins else ids
+                separator = end
+
+
+def _token_ids(tokenizer: PreTrainedTokenizerBase, pieces: list[Piece]) -> list[NDArray[np.int32]]:
+    try:
         encoded = tokenizer(
-            [piece.text for piece in group],
+            [piece.text for piece in pieces],
             add_special_tokens=False,
             padding=False,
             truncation=False,
             return_attention_mask=False,
             verbose=False,
         )
-        for piece, ids in zip(group, encoded["input_ids"], strict=True):
-            if ids:
-                yield np.array([*(separator if piece.begins else []), *ids], dtype=np.int32)
-                separator = end
+        return [np.array(ids, dtype=np.int32) for ids in encoded["input_ids"]]
+    except Exception as error:  # what a tokenizer does with odd settings of its own, only it knows
+        raise InputError(
+            f"the model's tokenizer fails on this text: {reason(error)}. Are its files whole, and the "
+            "model's own?"
+        ) from error
 
 
 def _groups(pieces: Iterator[Piece]) -> Iterator[list[Piece]]:

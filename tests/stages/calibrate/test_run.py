@@ -3,6 +3,7 @@
 import json
 import shutil
 import signal
+import time
 from functools import partial
 from pathlib import Path
 
@@ -85,7 +86,7 @@ def test_a_crash_before_the_first_commit(inputs: Path, undisturbed: Path, tmp_pa
     assert_same_statistics(run, undisturbed)
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1])
 def test_a_signal_commits_what_is_done(inputs: Path, undisturbed: Path, tmp_path: Path, number: int) -> None:
     run = tmp_path / "run"
     before = signal.getsignal(number)
@@ -96,6 +97,44 @@ def test_a_signal_commits_what_is_done(inputs: Path, undisturbed: Path, tmp_path
     assert signal.getsignal(number) == before
     calibrate(settings(inputs, run), Silent())
     assert_same_statistics(run, undisturbed)
+
+
+def test_a_time_limit_commits_what_is_done_and_is_no_part_of_the_run(
+    inputs: Path, undisturbed: Path, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    limited = settings(inputs, run, stop_after="1000s")
+    with pytest.raises(Stopped, match=r"stopped by --stop-after 3s: \d of 6 batches committed"):
+        calibrate(limited.model_copy(update={"stop_after": "3s"}), Interrupting(2, lambda: time.sleep(3)))
+    calibrate(limited, Silent())
+    assert_same_statistics(run, undisturbed)
+    assert "stop_after" not in json.loads((run / "run.json").read_bytes())["settings"]
+
+
+def test_a_stop_before_the_first_batch_leaves_nothing(inputs: Path, tmp_path: Path) -> None:
+    asked = settings(inputs, tmp_path / "run", stop_after=0.001)
+    with pytest.raises(Stopped, match=r"stopped by --stop-after 0\.001: nothing was committed yet in "):
+        calibrate(asked, Silent())
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("replacement", [False, True], ids=["gone", "another"])
+def test_a_run_that_is_moved_meanwhile_is_noticed(
+    inputs: Path, undisturbed: Path, tmp_path: Path, replacement: bool
+) -> None:
+    run, moved = tmp_path / "run", tmp_path / "moved"
+
+    def move() -> None:
+        run.rename(moved)
+        if replacement:
+            run.mkdir()
+
+    with pytest.raises(InputError, match=f"{run} was moved to {moved} while") as error:
+        calibrate(settings(inputs, run, commit_every=EVERY_BATCH), Interrupting(3, move))
+    assert error.value.exit_code == 2
+    assert (list(run.iterdir()) if run.exists() else []) == []
+    calibrate(settings(inputs, moved), Silent())
+    assert_same_statistics(moved, undisturbed)
 
 
 def test_a_finished_run_is_left_alone(inputs: Path, tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """Documents from every form of DATA, and one clear line for each that is unusable."""
 
+import io
 import json
 from pathlib import Path
 
@@ -170,3 +171,42 @@ def test_a_byte_order_mark_is_no_text(tmp_path: Path) -> None:
     assert list(read_documents(str(tmp_path / "a.txt"), split="train", column=None, render=render)) == [
         Piece("one")
     ]
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ('{"text": "ab \\\\ud800 c"}', r"a\.jsonl:1: .* is half of a character"),
+        ('{"text": ' + "1" * 5000 + "}", r"a\.jsonl:1: not JSON \(Exceeds the limit"),
+        ('{"text": ' + "[" * 100_000 + "}", r"a\.jsonl:1: not JSON \(maximum recursion depth"),
+        ('{"text": "' + "abc " * (6 << 20) + '"}', r"a\.jsonl:1: a text of more than 8,388,608 characters"),
+        ('{"conversations": [{"from": ["x"], "value": "y"}]}', None),
+    ],
+    ids=["half a character", "digits", "nested", "24 MB", "a list for a speaker"],
+)
+def test_odd_records_are_named_in_one_line(tmp_path: Path, line: str, message: str | None) -> None:
+    (tmp_path / "a.jsonl").write_text(line.replace("\\\\", "\\") + "\n")
+    if message is None:
+        assert texts(tmp_path / "a.jsonl")
+        return
+    with pytest.raises(InputError, match=message) as raised:
+        texts(tmp_path / "a.jsonl")
+    assert len(str(raised.value).splitlines()) == 1
+
+
+def test_a_line_without_end_is_not_read_whole(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("a" * 24_000_000)
+    with pytest.raises(InputError, match=r"a\.txt:1: a text of more than 8,388,608 characters"):
+        texts(tmp_path / "a.txt")
+
+
+def test_an_error_while_reading_names_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Stale(io.StringIO):
+        def readline(self, size: int | None = -1, /) -> str:
+            raise OSError(116, "Stale file handle")
+
+    (tmp_path / "a.txt").write_text("a")
+    monkeypatch.setattr(Path, "open", lambda *_given, **_named: Stale())
+    with pytest.raises(OSError, match="Stale file handle") as raised:
+        texts(tmp_path / "a.txt")
+    assert raised.value.filename == str(tmp_path / "a.txt")
