@@ -35,7 +35,7 @@ PARTS = {
     "operations": operations,
 }
 """In this order: the last one takes what is left of the time."""
-SAMPLE = {"damage": 200, "series": 20}
+SAMPLE = {"damage": 400, "series": 20}
 FULL = {"series": 100}
 SHORT = {"twice": 2, "cuts": 0, "bits": 10, "series": 1, "damage": 6, "operations": 16}
 """The most trials of a part; what is not here has no limit."""

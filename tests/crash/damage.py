@@ -56,6 +56,9 @@ SPOILS: dict[str, Spoil] = {
 then; None: nothing."""
 
 SAID = re.compile(r"damaged|missing|fell back|set aside|I/O error|not whole|differs|again|lost|differ", re.I)
+BITS = 200
+"""Single bits of records that a command is given."""
+RECORD = re.compile(r".*(/HEAD|\.json|\.jsonl|\.writing)")
 NO_RECORD = re.compile(r"(.*/)?\.(out\.)?lock")
 """Files that may be refused as what they are not (exit 2): they are no part of what is stored."""
 
@@ -79,9 +82,11 @@ def flipped(data: bytes, bit: int) -> bytes:
 
 
 def all_damages(laboratory: Laboratory, seed: int) -> list[Damaged]:
-    """Every file of every state in every way; first one file of each kind in each, then the rest."""
+    """Every file of every state in every way: first one file of each kind in each, turn about with single bits
+    of small records, then the rest."""
     chance = random.Random(seed)
     first: list[Damaged] = []
+    bits: list[Damaged] = []
     rest: list[Damaged] = []
     for state in STATES:
         template = laboratory.template(state.template)
@@ -95,9 +100,13 @@ def all_damages(laboratory: Laboratory, seed: int) -> list[Damaged]:
             damages = [Damaged(state, name, spoil, chance.randrange(2**32)) for spoil in SPOILS]
             (rest if kind in kinds else first).extend(damages)
             kinds.add(kind)
-    chance.shuffle(first)
-    chance.shuffle(rest)
-    return first + rest
+            if RECORD.fullmatch(name):
+                bits += [Damaged(state, name, "bit flipped", chance.randrange(2**32)) for _ in range(8)]
+    for damages in (first, bits, rest):
+        chance.shuffle(damages)
+    bits = bits[:BITS]
+    turns = [one for pair in zip(first, bits, strict=False) for one in pair]
+    return [*turns, *first[len(bits) :], *rest]
 
 
 def try_damage(laboratory: Laboratory, damaged: Damaged, trial: Path) -> Result:
