@@ -82,8 +82,8 @@ def flipped(data: bytes, bit: int) -> bytes:
 
 
 def all_damages(laboratory: Laboratory, seed: int) -> list[Damaged]:
-    """Every file of every state in every way: first one file of each kind in each, turn about with single bits
-    of small records, then the rest."""
+    """Every file of every state in every way: first one of each kind, turn about with single bits of small
+    records, then the rest."""
     chance = random.Random(seed)
     first: list[Damaged] = []
     bits: list[Damaged] = []
