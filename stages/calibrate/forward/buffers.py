@@ -98,10 +98,8 @@ class FileBuffer:
     """
 
     def __init__(self, path: Path, device: torch.device, blocks: Blocks | None = None) -> None:
-        for folder in (
-            path.parent.parent,
-            path.parent,
-        ):  # not the run's: one that was moved is not begun anew
+        # Not the run's own folder: one that was moved is not begun anew.
+        for folder in (path.parent.parent, path.parent):
             folder.mkdir(exist_ok=True)
         self.path = path
         self._device = device
