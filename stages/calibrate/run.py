@@ -67,6 +67,7 @@ def _calibrate(settings: CalibrateSettings, progress: Progress, stop: StopReques
             did_something = True
         for note in held.notes[said:]:
             progress.warn(note)
+        disk.check()
         if left := discard(settings.run / FOLDER):
             progress.note(f"{left[0]} was not made by Holdfast and stays where it is")
         if not did_something:

@@ -45,7 +45,7 @@ def test_a_moved_folder_is_named_and_nothing_is_written(
         lambda: disk.put(run / "a" / "b", b"a"),
         lambda: disk.publish(run / "a", b"a"),
         lambda: disk.append(run / "a", b"a"),
-        lambda: disk.delete(run),
+        lambda: disk.sync([run]),
     ):
         with pytest.raises(InputError, match=f"{run} was moved to {tmp_path / 'new'} while"):
             change()

@@ -119,8 +119,11 @@ def test_a_stop_before_the_first_batch_leaves_nothing(inputs: Path, tmp_path: Pa
 
 
 @pytest.mark.parametrize("replacement", [False, True], ids=["gone", "another"])
+@pytest.mark.parametrize(
+    "way", [{}, {"schedule": "layerwise", "activation_memory": 1}], ids=["whole", "layers"]
+)
 def test_a_run_that_is_moved_meanwhile_is_noticed(
-    inputs: Path, undisturbed: Path, tmp_path: Path, replacement: bool
+    inputs: Path, undisturbed: Path, tmp_path: Path, replacement: bool, way: dict[str, object]
 ) -> None:
     run, moved = tmp_path / "run", tmp_path / "moved"
 
@@ -130,10 +133,10 @@ def test_a_run_that_is_moved_meanwhile_is_noticed(
             run.mkdir()
 
     with pytest.raises(InputError, match=f"{run} was moved to {moved} while") as error:
-        calibrate(settings(inputs, run, commit_every=EVERY_BATCH), Interrupting(3, move))
+        calibrate(settings(inputs, run, commit_every=EVERY_BATCH, **way), Interrupting(3, move))
     assert error.value.exit_code == 2
     assert (list(run.iterdir()) if run.exists() else []) == []
-    calibrate(settings(inputs, moved), Silent())
+    calibrate(settings(inputs, moved, **way), Silent())
     assert_same_statistics(moved, undisturbed)
 
 
