@@ -33,7 +33,7 @@ PYTHON  ?= $(shell for python in $(NEWEST); do \
 READY   := $(VENV)/.holdfast-ready
 
 .DEFAULT_GOAL := help
-.PHONY: help calibrate export status check repair test test-newest test-oldest test-long lint crash-test bench clean
+.PHONY: help calibrate export status check repair test test-newest test-oldest test-long lint crash-test crash-test-full bench clean
 
 help:  ## this list
 	@echo "Holdfast: crash-safe post-training quantization for Hugging Face models"; echo
@@ -103,8 +103,11 @@ lint: $(READY)  ## ruff and mypy
 	@$(VENV)/bin/ruff format --check .
 	@$(VENV)/bin/mypy
 
-crash-test: $(READY)  ## kill calibrate and export at random moments and compare bytes (ARGS=--seed=N repeats one)
-	@$(VENV)/bin/python -m tests.crash $(args)
+crash-test: $(READY)  ## disturb every kind of file operation of the commands, half an hour (ARGS=--seed=N repeats)
+	@$(VENV)/bin/python -m tests.crash --minutes 25 $(args)
+
+crash-test-full: $(READY)  ## all kinds with all faults, hours (ARGS="--seed 1 --shard 1/8 --json FILE")
+	@$(VENV)/bin/python -m tests.crash --full --series 100 $(args)
 
 bench: $(READY)  ## speed and memory beside modelopt's (ARGS="--device cuda" on a GPU)
 	@$(VENV)/bin/python -m benchmarks.bench $(args)

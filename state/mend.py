@@ -13,10 +13,11 @@ from state.errors import InputError
 from state.head import Head
 from state.identity import digest
 from state.objects import BrokenObject, empty_group, read_file
-from state.paths import HEAD, HEADS, OBJECT, RECORD, RECORD_COPY, ZARR, group_path
+from state.paths import HEAD, HEADS, RECORD, RECORD_COPY, WRITTEN, ZARR, group_path
 from state.recovery import Found, older_heads, retained
 from state.remove import drop, finish_cut_short
 from state.strays import strays
+from state.writing import NAME
 
 SHOWN = 5
 
@@ -61,7 +62,7 @@ def mend(run: Path, found: Found, disk: Disk) -> Mended:
         # Either kept no record of what it wrote, or a head that named it is lost: not provably ours, so not
         # deleted.
         for path in found_strays:
-            if OBJECT.fullmatch(path) or path == f"{HEAD}.tmp" or path.startswith(f"{HEADS}/"):
+            if WRITTEN.fullmatch(path) or NAME.fullmatch(Path(path).name):
                 aside.move(path)
     aside.sync()
     if f"{HEAD}.tmp" in found_strays and f"{HEAD}.tmp" not in aside.moved:

@@ -19,7 +19,7 @@ from state.head import Head
 from state.home import expand_home
 from state.layout import Layout, SiteArray
 from state.names import Role, Site, join_name, split_key, split_name
-from state.objects import BrokenObject, VerifiedStore, read_object
+from state.objects import BrokenObject, VerifiedStore, read_object, solutions
 from state.paths import RECORD, ZARR
 from state.record import RunRecord
 from state.recovery import Found, find_head
@@ -64,12 +64,18 @@ class Calibration:
         head: the commit.
         record: content of `run.json`.
         notes: what was found damaged and passed over, in words; empty if nothing was.
+        lost: solver → the layers whose solutions the commit names, and which are damaged.
     """
 
     def __init__(self, path: Path, found: Found, disk: Disk) -> None:
         self.path = path
         self.head: Head = found.head
         self.notes = found.notes
+        whole = solutions(found.head.objects)
+        self.lost = {
+            solver: layers - whole.get(solver, set())
+            for solver, layers in solutions(found.recorded.objects).items()
+        }
         self._disk = disk
         self._store = VerifiedStore(path, found.head.objects, disk)
         self._slab = lru_cache(CACHED_SLABS)(self._read_slab)

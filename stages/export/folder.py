@@ -34,6 +34,7 @@ from stages.export.records import (
     decode_mark,
     encode_journal,
     is_plain,
+    missing_record,
     read_record,
     shown,
     written,
@@ -133,7 +134,7 @@ class ExportFolder:
                 [self.partial.name],
             )
         if present:
-            self._discard(journal or {})
+            self._discard(journal)
         return False
 
     def _stored_journal(self) -> dict[str, Written] | None:
@@ -189,15 +190,22 @@ class ExportFolder:
         make_parents(self.disk, self.partial, name)
         self.disk.rename(self.partial / WRITING, self.partial / name)
 
-    def _discard(self, journal: Mapping[str, Written]) -> None:
-        """Remove an OUT.partial of another export."""
-        strangers = foreign(self.disk, self.partial, list(journal.values()), (*RECORDS, *WORK_FILES))
+    def _discard(self, journal: Mapping[str, Written] | None) -> None:
+        """Remove an OUT.partial of another export, or of none. journal: None where there is none."""
+        named = list((journal or {}).values())
+        strangers = foreign(self.disk, self.partial, named, (*RECORDS, *WORK_FILES))
+        if strangers and journal is None and set(strangers) & set(self.wanted.files):
+            raise missing_record(
+                self.partial / JOURNAL,
+                f"it says which of {shown(strangers)} are whole. Move {self.partial} away, then give the "
+                "same command again",
+            )
         if strangers:
             raise InputError(
                 f"{self.partial} would be removed, but holds {shown(strangers)}, not as Holdfast wrote it "
                 "or not Holdfast's; move it away, then give the same command again"
             )
-        remove_partial(self.disk, self.partial, journal.values())
+        remove_partial(self.disk, self.partial, named)
 
     def _tidy(self) -> None:
         """Do what a kill between the last file and the end has left to do."""

@@ -13,7 +13,7 @@ from stages.commands import calibrate_command
 from stages.export.unify import PolicyUse
 from stages.recipe.quantizer_plan import QuantizerPlan
 from stages.recipe.solvers import Solver, array_name
-from state.errors import InputError
+from state.errors import DamagedStore, InputError
 from state.names import split_name
 from state.objects import solutions
 from state.reader import Calibration
@@ -26,7 +26,8 @@ class Solved:
     Arrays are read when they are needed; those of one layer are kept, since the experts of a layer share
     them. Modules outside the decoder layers have no solution.
 
-    Raises InputError naming the layers that have no solution, with the command that makes them.
+    Raises InputError naming the layers that have no solution, with the command that makes them; DamagedStore
+    where they had one.
     """
 
     def __init__(self, run: Calibration, solver: Solver, quantizers: QuantizerPlan) -> None:
@@ -136,7 +137,10 @@ def _refuse_missing(run: Calibration, solver: Solver, layers: Iterable[int], rec
         # As the run was made, but for the recipe.
         command = calibrate_command({**run.record.settings, "run": str(run.path), "recipe": recipe})
         shown = ", ".join(map(str, missing[:5])) + ", ..." * (len(missing) > 5)
-        raise InputError(
+        lost = run.lost.get(solver.id, set()) & set(missing)
+        error = DamagedStore if lost else InputError
+        raise error(
             f"recipe {recipe!r} needs solutions of {solver.method} ({solver.id}); {run.path} holds none for "
-            f"{len(missing)} layers ({shown}); make them with: {command}"
+            f"{len(missing)} layers ({shown}){', where they are damaged' if lost else ''}; "
+            f"make them with: {command}"
         )

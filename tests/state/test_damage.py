@@ -373,6 +373,19 @@ def test_files_that_no_record_names_are_neither_seen_nor_touched(halfway: Path) 
     assert [path.name for path in (halfway / "calibration.zarr/g000001").iterdir()] == ["mine.txt"]
 
 
+@pytest.mark.parametrize("damage", [Path.unlink, lambda path: path.write_bytes(path.read_bytes()[:-1])])
+def test_what_is_set_aside_for_a_lost_head_has_names_that_commits_give(
+    halfway: Path, damage: Callable[[Path], object]
+) -> None:
+    (halfway / "heads/notes.txt").write_text("mine")
+    (halfway / "heads/000003.json").write_text("{}")
+    damage(halfway / "HEAD")
+    notes = driver.drive(halfway)
+    assert (halfway / "heads/notes.txt").read_text() == "mine"
+    assert "left alone, as no commit names them: heads/notes.txt" in notes
+    assert [path.name for path in halfway.glob("set-aside/*/heads/*")] == ["000003.json"]
+
+
 def test_a_file_in_the_way_is_refused_by_name(halfway: Path) -> None:
     (halfway / "HEAD.tmp").write_text("mine")
     with pytest.raises(InputError, match=r"HEAD\.tmp is in the way"):

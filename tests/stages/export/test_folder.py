@@ -221,6 +221,20 @@ def test_a_replacement_cut_short_goes_on_unasked_only_with_what_was_to_come(tmp_
     assert tree(out) == tree(tmp_path / "whole")
 
 
+def test_an_unfinished_export_that_lost_its_journal_is_damaged(tmp_path: Path) -> None:
+    out, partial = tmp_path / "out", tmp_path / "out.partial"
+    operation = 0
+    while not (partial / SHARDS[0]).exists():
+        with pytest.raises(OutOfSpace):
+            make(out, IDENTITY, FailAt(operation, errno.ENOSPC))
+        operation += 1
+    (partial / JOURNAL).unlink()
+    left = tree(partial)
+    with pytest.raises(DamagedStore, match=r"holdfast_journal\.jsonl is missing; .*Move .*out\.partial away"):
+        make(out, IDENTITY, Disk())
+    assert tree(partial) == left
+
+
 def test_an_empty_folder_may_become_the_export(tmp_path: Path) -> None:
     for name in ("out", "out.partial", ".out.partial"):
         (tmp_path / name).mkdir()
