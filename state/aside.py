@@ -2,6 +2,7 @@
 deleted.
 """
 
+from collections.abc import Iterable
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -30,7 +31,15 @@ class SetAside:
 
     def move(self, path: str) -> None:
         """Move one file, if it is there."""
-        if self._exists(path):
+        self.move_all([path])
+
+    def move_all(self, paths: Iterable[str]) -> None:
+        """Move all of the files that are there.
+
+        All are looked at before the first is moved: where the device fails on one, the others are still
+        together.
+        """
+        for path in [path for path in dict.fromkeys(paths) if self._exists(path)]:
             self.disk.move(self.run / path, self.run / self._place() / path)
             self.moved.append(path)
 

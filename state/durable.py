@@ -229,6 +229,7 @@ class Disk:
         try:
             yield
         except OSError as error:
+            path = path if path.name else path.resolve()  # "." would name nothing to a person
             if error.errno in DEVICE_ERRORS:
                 raise OutOfSpace(path, needed, self.free_bytes(path), DEVICE_ERRORS[error.errno]) from error
             if error.errno == errno.ENOSYS:

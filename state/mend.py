@@ -148,15 +148,9 @@ def _set_aside_damage(
     """
     lost = set(lost_solutions(found.recorded, found.faults))
     kept = objects.keys() | {path for head in heads for path in head.objects if group_path(path) not in lost}
-    for path in found.broken_heads:
-        aside.move(path)
-    for head in found.passed_over:
-        for path in sorted(head.objects.keys() - kept):
-            aside.move(path)
-        aside.move(head.path)
-    for path in sorted(found.recorded.objects):
-        if group_path(path) in lost and path not in objects:
-            aside.move(path)
+    passed = [path for head in found.passed_over for path in (*sorted(head.objects.keys() - kept), head.path)]
+    solved = [path for path in sorted(found.recorded.objects) if group_path(path) in lost]
+    aside.move_all([*found.broken_heads, *passed, *(path for path in solved if path not in objects)])
     if found.broken_pointer:
         aside.keep_copy(HEAD)
 

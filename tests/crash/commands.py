@@ -85,3 +85,8 @@ def filled_in(arguments: list[str], source: Path) -> list[str]:
     """The arguments with the places of model and text."""
     places = {"MODEL": str(source / "model"), "DATA": str(source / "text.jsonl")}
     return [places.get(argument, argument) for argument in arguments]
+
+
+def maker_of(state: str) -> str:
+    """The scenario that a state comes from."""
+    return {one.name: one.scenario for one in (*HALFWAY, *SPOILT)}.get(state, state)

@@ -15,6 +15,9 @@ from tests.crash.strata import stratum_of
 ALLOCATES = frozenset({"create", "write", "mkdir", "rename", "sync"})
 """Operations that want space."""
 
+OF_BYTES = frozenset({"open", "read", "create", "empty", "change", "write", "sync"})
+"""Operations that a bad sector stops; a bad inode stops the others too."""
+
 FATAL = ("kill before", "kill after", "tear")
 CUTS = ("power cut", "power cut, names kept")
 ERRORS = ("ENOSPC", "EIO once", "EIO for good", "EROFS")
@@ -52,7 +55,7 @@ class Striking:
     def __init__(self, fault: Fault, trial: Path, mark: Path) -> None:
         self._fault, self._trial, self._mark = fault, trial, mark
         self._left = fault.number
-        self._struck: str | None = None  # the path, once it has
+        self._struck: Seen | None = None
         self._lock = threading.RLock()
         self._durable = Durable(trial) if fault.kind in CUTS else None
         self._pending: Seen | None = None
@@ -68,7 +71,7 @@ class Striking:
             self._left -= 1
             if self._left >= 0:
                 return
-            self._struck = seen.path
+            self._struck = seen
             self._note(f"{seen.operation} {seen.path}")
             self._strike(seen, half)
 
@@ -99,7 +102,7 @@ class Striking:
             self._fail(errno.ENOSPC, seen)
         if kind == "EROFS" and seen.operation not in READS and not seen.operation.startswith("sync"):
             self._fail(errno.EROFS, seen)
-        if kind == "EIO for good" and seen.path == self._struck:
+        if kind == "EIO for good" and self._struck is not None and stays_bad(self._struck, seen):
             self._fail(errno.EIO, seen)
 
     def _note(self, what: str) -> None:
@@ -110,15 +113,21 @@ class Striking:
         raise OSError(number, os.strerror(number), seen.path)
 
 
-class BadPath:
-    """A watcher under which every operation on one path fails with an I/O error."""
+def stays_bad(struck: Seen, seen: Seen) -> bool:
+    """Whether an operation fails as well where another one on its path met an error that lasts."""
+    return seen.path == struck.path and (struck.operation not in OF_BYTES or seen.operation in OF_BYTES)
 
-    def __init__(self, path: str) -> None:
-        self._path = path
+
+class BadPath:
+    """A watcher under which operations on one path fail with an I/O error: those on its bytes if the
+    operation that `struck` first was one, else all."""
+
+    def __init__(self, struck: Seen) -> None:
+        self._struck = struck
 
     def before(self, seen: Seen, half: object) -> None:
         """Fail."""
-        if seen.path == self._path:
+        if stays_bad(self._struck, seen):
             raise OSError(errno.EIO, os.strerror(errno.EIO), seen.path)
 
     def after(self, seen: Seen) -> None:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from tests.crash import server
-from tests.crash.commands import HALFWAY, SCENARIOS, SPOILT, Halfway, Scenario
+from tests.crash.commands import HALFWAY, SCENARIOS, SPOILT, Halfway, Scenario, maker_of
 from tests.crash.compare import Content, content, newest_head
 from tests.crash.faults import Fault, Striking
 from tests.crash.strata import Census
@@ -39,7 +39,7 @@ def prepare(folder: Path, wanted: Sequence[str], states: Sequence[str] = ()) -> 
     _must(server.call(lambda: make_source(folder / "source") or 0, folder / "log"), "making the model")
     laboratory = Laboratory(folder, {})
     strata: dict[str, dict[str, int]] = {}
-    for scenario in needed([*wanted, *(_maker(state) for state in states)]):
+    for scenario in needed([*wanted, *(maker_of(state) for state in states)]):
         if scenario.template is not None:
             _make_template(laboratory, scenario.template, strata)
         strata[scenario.name] = _finish(laboratory, scenario)
@@ -56,17 +56,12 @@ def needed(wanted: Sequence[str]) -> list[Scenario]:
     def add(name: str) -> None:
         scenario = by_name[name]
         if scenario.template is not None:
-            add(_maker(scenario.template))
+            add(maker_of(scenario.template))
         found.setdefault(name, scenario)
 
     for name in wanted:
         add(name)
     return list(found.values())
-
-
-def _maker(state: str) -> str:
-    """The scenario that a state comes from."""
-    return {one.name: one.scenario for one in (*HALFWAY, *SPOILT)}.get(state, state)
 
 
 def _finish(laboratory: Laboratory, scenario: Scenario) -> dict[str, int]:
@@ -101,7 +96,7 @@ def _make_template(laboratory: Laboratory, state: str, strata: dict[str, dict[st
     if state in halfway:
         _kill_halfway(laboratory, halfway[state], target, strata)
     else:
-        shutil.copytree(laboratory.folder / "ends" / _maker(state), target)
+        shutil.copytree(laboratory.folder / "ends" / maker_of(state), target)
     if (target / "run" / "HEAD").exists():
         put_files(target / "run", IN_RUN)
     for name in {one.name: one.deleted for one in SPOILT}.get(state, ()):

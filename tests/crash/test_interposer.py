@@ -92,7 +92,7 @@ def test_a_fault_strikes_at_the_chosen_operation(tmp_path: Path, kind: str, left
 
 def test_a_bad_path_fails_and_others_do_not(tmp_path: Path) -> None:
     (tmp_path / "bad").touch()
-    with Interposer([tmp_path], BadPath(str(tmp_path / "bad"))).watching():
+    with Interposer([tmp_path], BadPath(Seen("read", str(tmp_path / "bad"), ""))).watching():
         (tmp_path / "good").write_text("x")
         with pytest.raises(OSError) as caught:
             (tmp_path / "bad").read_text()

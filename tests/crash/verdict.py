@@ -39,21 +39,26 @@ def judge_end(ended: Ended, found: Content | None, expected: Content) -> Verdict
 
 
 def judge_rest(
-    ended: Ended, found: Content | None, expected: Content, kept: dict[str, int], forgotten: bool
+    ended: Ended,
+    found: Content | None,
+    expected: Content,
+    kept: dict[str, int],
+    anew: bool,
+    more_work: bool = False,
 ) -> Verdict | None:
     """What is wrong after the last command, which nothing disturbed.
 
-    kept: inodes of what was published when the disturbed command ended. forgotten: a power cut has made all
-    files anew.
+    kept: inodes of what was published when the disturbed command ended. anew: files were made anew, by a
+    power cut or because they were given up. more_work: commits had to be made again.
     """
     if ended.code != 0 or found is None:
         return Verdict("stuck", f"exit {ended.code}: {last_lines(ended)}")
     if strays := found.strays - expected.strays:
         return Verdict("left over", ", ".join(sorted(strays)[:3]))
-    if found.commits > expected.commits + 1:
+    if found.commits > expected.commits + 1 and not more_work:
         return Verdict("lost", f"{found.commits} commits instead of {expected.commits}")
     again = [path for path, inode in found.objects.items() if kept.get(path, inode) != inode]
-    if again and not forgotten:
+    if again and not anew:
         return Verdict("lost", f"made again: {', '.join(again[:3])}")
     return None
 

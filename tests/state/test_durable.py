@@ -215,3 +215,9 @@ def test_killing_the_holder_frees_the_lock(tmp_path: Path) -> None:
         holder.wait()
         with Disk().lock(tmp_path / ".lock"):
             pass
+
+
+def test_the_folder_one_is_in_has_a_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(InputError, match=f"^{tmp_path} may not be written: Read-only file system"):
+        FailingDisk(0, errno.EROFS).sync([Path()])

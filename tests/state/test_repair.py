@@ -16,6 +16,8 @@ from state.objects import solutions
 from state.reader import open_run
 from state.repair import RepairDisk, repair_run
 from state.store import RunWriter
+from tests.crash.faults import BadPath
+from tests.crash.interposer import Interposer, Seen
 from tests.state import driver
 from tests.state.faults import CountingDisk, Crash, CrashingDisk, UnreadableDisk
 
@@ -174,6 +176,25 @@ def test_what_stays_unreadable_is_set_aside(finished: Path, monkeypatch: pytest.
     (aside,) = (finished / "set-aside").iterdir()
     assert (aside / name).exists()
     assert check_run(finished, Disk()).whole
+
+
+def test_where_one_file_cannot_be_moved_the_others_stay_with_it(
+    finished: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("state.durable.PAUSES", ())
+    monkeypatch.setattr("state.repair.LONG_PAUSES", ())
+    whole = open_run(finished).head
+    *_, last = sorted(path for path in whole.objects if "/g000003/" in path)
+    bad = finished / last
+    with (
+        Interposer([finished], BadPath(Seen("stat", str(bad), ""))).watching(),
+        pytest.raises(OSError) as caught,
+    ):
+        repair_run(finished)
+    assert (caught.value.errno, str(caught.value.filename)) == (errno.EIO, str(bad))
+    assert not (finished / "set-aside").exists()
+    with repair_run(finished) as writer:
+        assert writer.head.objects == whole.objects
 
 
 def test_an_error_of_the_moment_is_no_damage_for_repair_either(
