@@ -50,7 +50,8 @@ class Fault:
 
 
 class Striking:
-    """A watcher that lets a fault strike; what it did is noted in the file `mark`, which is in no root."""
+    """A watcher that lets a fault strike; what it did is noted in the file `mark`, which is in no root.
+    What a power cut leaves is in the folder `mark`.left."""
 
     def __init__(self, fault: Fault, trial: Path, mark: Path) -> None:
         self._fault, self._trial, self._mark = fault, trial, mark
@@ -90,7 +91,7 @@ class Striking:
         if kind == "tear" and half is not None:
             half()
         if self._durable is not None:
-            self._durable.cut(None if kind == "power cut" else self._fault.seed)
+            self._durable.leave(left_by_cut(self._mark), None if kind == "power cut" else self._fault.seed)
         if kind in (*FATAL, *CUTS):
             os.kill(os.getpid(), signal.SIGKILL)
         self._fail({"ENOSPC": errno.ENOSPC, "EROFS": errno.EROFS}.get(kind, errno.EIO), seen)
@@ -111,6 +112,11 @@ class Striking:
     @staticmethod
     def _fail(number: int, seen: Seen) -> None:
         raise OSError(number, os.strerror(number), seen.path)
+
+
+def left_by_cut(mark: Path) -> Path:
+    """Where the watcher puts what is there after a power cut."""
+    return mark.with_name(f"{mark.name}.left")
 
 
 def stays_bad(struck: Seen, seen: Seen) -> bool:

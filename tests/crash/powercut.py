@@ -3,8 +3,8 @@ system that POSIX allows; ext4 and others forget less."""
 
 import os
 import random
-import shutil
 import stat
+import threading
 from pathlib import Path
 
 from tests.crash.interposer import Seen
@@ -24,6 +24,7 @@ class Durable:
         self._data: dict[int, bytes] = {}
         self._entries: dict[int, Entries] = {}
         self._next = 0
+        self._lock = threading.Lock()
         self._sync_tree(root)
 
     def done(self, seen: Seen) -> None:
@@ -31,44 +32,54 @@ class Durable:
         path = Path(seen.path)
         if not path.is_relative_to(self._root):
             return
+        with self._lock:
+            self._take_in(seen, path)
+
+    def _take_in(self, seen: Seen, path: Path) -> None:
+        found = _stat(path)
+        if found is None:
+            return  # another thread was faster
         if seen.operation in ("create", "mkdir"):
-            self._number(os.lstat(path), new=True)
+            self._number(found, new=True)
         elif seen.operation == "sync":
-            found = _stat(path)
-            if found is not None:
-                self._data[self._number(found)] = path.read_bytes()
+            self._data[self._number(found)] = path.read_bytes()
         elif seen.operation == "sync folder":
             self._sync_folder(path)
 
-    def cut(self, seed: int | None) -> None:
-        """Turn the folder into what a cut leaves: nothing that was not synced.
+    def leave(self, target: Path, seed: int | None) -> None:
+        """Write into a new folder what a cut leaves: nothing that was not synced.
 
-        With a seed, all names are kept, as a journal of names alone keeps them, and of bytes that were not
-        synced none, half or all, by chance.
+        Not into the folder itself: other threads work in there until the process is killed. With a seed, all
+        names are kept, as a journal of names alone keeps them, and of bytes that were not synced none, half
+        or all, by chance.
         """
         left: dict[str, bytes | None] = {}
-        if seed is None:
-            self._walk("", self._number(os.lstat(self._root)), left)
-        else:
-            chance = random.Random(seed)
-            for name, data in sorted(_files(self._root).items()):
-                left[name] = None if data is None else self._partly(self._root / name, data, chance)
-        for path in list(self._root.iterdir()):
-            if path.is_dir() and not path.is_symlink():
-                shutil.rmtree(path)
-            else:
-                path.unlink()
+        target.mkdir()
+        with self._lock:
+            self._find(left, seed)
         for name, data in left.items():
-            path = self._root / name
+            path = target / name
             if data is None:
                 path.mkdir(parents=True, exist_ok=True)
             else:
                 path.parent.mkdir(parents=True, exist_ok=True)
                 path.write_bytes(data)
 
-    def _partly(self, path: Path, data: bytes, chance: random.Random) -> bytes:
+    def _find(self, left: dict[str, bytes | None], seed: int | None) -> None:
+        if seed is None:
+            self._walk("", self._number(os.lstat(self._root)), left)
+        else:
+            chance = random.Random(seed)
+            for name, found in sorted(_tree(self._root).items()):
+                left[name] = None if stat.S_ISDIR(found.st_mode) else self._partly(name, found, chance)
+
+    def _partly(self, name: str, found: os.stat_result, chance: random.Random) -> bytes:
         """What is left of a file whose name is."""
-        durable = self._data.get(self._number(os.lstat(path)), b"")
+        durable = self._data.get(self._number(found), b"")
+        try:
+            data = (self._root / name).read_bytes()
+        except OSError:
+            return durable
         if durable == data:
             return data
         new = data.removeprefix(durable)
@@ -87,9 +98,10 @@ class Durable:
         found = _stat(folder)
         if found is not None:
             # A subfolder that was never synced is there, and empty.
-            names = {path.name: path.lstat() for path in folder.iterdir()}
-            self._entries[self._number(found)] = {name: self._number(one) for name, one in names.items()}
-            for one in names.values():
+            names = {path.name: _stat(path) for path in folder.iterdir()}
+            there = {name: one for name, one in names.items() if one is not None}
+            self._entries[self._number(found)] = {name: self._number(one) for name, one in there.items()}
+            for one in there.values():
                 if stat.S_ISDIR(one.st_mode):
                     self._entries.setdefault(self._number(one), {})
 
@@ -115,10 +127,8 @@ def _stat(path: Path) -> os.stat_result | None:
         return None
 
 
-def _files(root: Path) -> dict[str, bytes | None]:
-    found: dict[str, bytes | None] = {}
-    for parent, folders, names in os.walk(root):
-        below = Path(parent).relative_to(root)
-        found |= {(below / name).as_posix(): None for name in folders}
-        found |= {(below / name).as_posix(): Path(parent, name).read_bytes() for name in names}
-    return found
+def _tree(root: Path) -> dict[str, os.stat_result]:
+    """Everything below a folder, by its relative path; what vanishes meanwhile is left out."""
+    paths = [Path(parent, name) for parent, folders, names in os.walk(root) for name in (*folders, *names)]
+    found = {path.relative_to(root).as_posix(): _stat(path) for path in paths}
+    return {name: one for name, one in found.items() if one is not None}

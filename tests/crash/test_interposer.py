@@ -103,8 +103,10 @@ def test_a_bad_path_fails_and_others_do_not(tmp_path: Path) -> None:
 def test_a_power_cut_forgets_what_was_not_synced(
     tmp_path: Path, seed: int | None, left: dict[str, bytes]
 ) -> None:
-    (tmp_path / "kept").write_bytes(b"old")
-    durable = Durable(tmp_path)
+    world, after = tmp_path / "world", tmp_path / "after"
+    world.mkdir()
+    (world / "kept").write_bytes(b"old")
+    durable = Durable(world)
 
     class Following:
         def before(self, seen: Seen, half: object) -> None: ...
@@ -112,14 +114,14 @@ def test_a_power_cut_forgets_what_was_not_synced(
         def after(self, seen: Seen) -> None:
             durable.done(seen)
 
-    with Interposer([tmp_path], Following()).watching():
-        with (tmp_path / "kept").open("wb") as file:
+    with Interposer([world], Following()).watching():
+        with (world / "kept").open("wb") as file:
             file.write(b"new")
             file.flush()
             os.fsync(file.fileno())
-        (tmp_path / "young").write_bytes(b"young")
-    durable.cut(seed)
-    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == left
+        (world / "young").write_bytes(b"young")
+    durable.leave(after, seed)
+    assert {path.name: path.read_bytes() for path in after.iterdir()} == left
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ from pathlib import Path
 from tests.crash import server
 from tests.crash.commands import SCENARIOS, Scenario, filled_in, maker_of
 from tests.crash.compare import Content, content
-from tests.crash.faults import CUTS, BadPath, Fault, Striking
+from tests.crash.faults import CUTS, BadPath, Fault, Striking, left_by_cut
 from tests.crash.interposer import Seen, Watcher
 from tests.crash.server import Ended
 from tests.crash.verdict import Verdict, judge_end, judge_rest, last_lines
@@ -64,6 +64,9 @@ def run_trial(laboratory: Laboratory, scenario: Scenario, fault: Fault, trial: P
         return server.call(work, trial / log)
 
     disturbed = run(scenario.arguments, lambda: Striking(fault, world, mark), "disturbed")
+    if left_by_cut(mark).exists():
+        shutil.rmtree(world)
+        left_by_cut(mark).rename(world)
     if mark.exists():
         wrong = _judge(laboratory, scenario, fault, world, mark, disturbed, run)
         if mine(world) != before:
