@@ -6,7 +6,10 @@ command again and compares every byte.
 
 import os
 
-os.environ.update(OMP_NUM_THREADS="1", HF_HUB_OFFLINE="1", TRANSFORMERS_VERBOSITY="error")
+# CUDA can't be begun again in a fork, and every command here is one.
+os.environ.update(
+    OMP_NUM_THREADS="1", HF_HUB_OFFLINE="1", TRANSFORMERS_VERBOSITY="error", CUDA_VISIBLE_DEVICES=""
+)
 
 import argparse
 import random

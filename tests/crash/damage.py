@@ -61,6 +61,8 @@ BITS = 200
 RECORD = re.compile(r".*(/HEAD|\.json|\.jsonl|\.writing)")
 NO_RECORD = re.compile(r"(.*/)?\.(out\.)?lock")
 """Files that may be refused as what they are not (exit 2): they are no part of what is stored."""
+MARK = re.compile(r".*/holdfast_partial\.json")
+"""What makes a folder ours; without it the folder may be a person's, and OUT is refused (exit 2)."""
 
 
 @dataclass(frozen=True)
@@ -159,7 +161,9 @@ def judge(
             return Verdict("unsaid", "recovered, and the output does not tell of it")
         return Verdict("identical")
     fell_back = "fell back to commit" in ended.output  # and what is refused is the older commit, by itself
-    allowed = (2, 3, 4) if fell_back or NO_RECORD.fullmatch(damaged.path) else (3, 4)
+    unmarked = damaged.spoil == "deleted" and MARK.fullmatch(damaged.path) is not None
+    otherwise = fell_back or unmarked or NO_RECORD.fullmatch(damaged.path) is not None
+    allowed = (2, 3, 4) if otherwise else (3, 4)
     if ended.code not in allowed or not NAMED.search(ended.output):
         return Verdict("unnamed", f"exit {ended.code}: {last_lines(ended)}")
     return Verdict("refused by name", last_lines(ended))
