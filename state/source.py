@@ -137,10 +137,17 @@ class Source:
 
     def require_unchanged(self) -> None:
         """Raise IdentityMismatch naming the first file that was written to, replaced or removed since it was
-        opened. Cheap: contents are not read.
+        opened. Contents are read only of a file that was touched (see `MappedFile.touched`), and compared
+        with what `digests` saw.
         """
-        for file in self.files.values():
+        for name, file in self.files.items():
+            if (touched := file.touched()) is not None and self._is_as_digested(name):
+                self.files[name] = file = touched
             file.require_unchanged()
+
+    def _is_as_digested(self, file: str) -> bool:
+        names = [name for name, entry in self.tensors.items() if entry.file == file]
+        return all(self.digest(name) == self.digested.get(name) for name in names)
 
 
 def weights_file(folder: Path) -> str:
