@@ -29,7 +29,8 @@ FP8_BLOCKS: Config = {
 
 
 def deepseek_v3(fp8: bool = False) -> Family:
-    """DeepSeek-V3 with its MTP layer, in BF16 or as released, with FP8 for all but routers, tables and head."""
+    """DeepSeek-V3 with its MTP layer, in BF16 or as released, with FP8 for all but routers, tables and
+    head."""
     layout = Layout()
     ends(layout)
     for layer in range(3):

@@ -42,9 +42,9 @@ class Layout:
     tensors: dict[str, Tensor] = field(default_factory=dict)
     fused: dict[str, Fused] = field(default_factory=dict)
 
-    def linear(self, name: str, rows: int, columns: int, bias: bool = False) -> None:
+    def linear(self, name: str, rows: int, columns: int, bias: bool = False, dtype: Any = "bfloat16") -> None:
         """The matrix of an `nn.Linear`, [rows, columns], and its bias."""
-        self._add(f"{name}.weight", Tensor((rows, columns), "linear"))
+        self._add(f"{name}.weight", Tensor((rows, columns), "linear", dtype))
         if bias:
             self._add(f"{name}.bias", Tensor((rows,), "vector"))
 
