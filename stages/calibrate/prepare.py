@@ -74,7 +74,7 @@ def prepare(settings: CalibrateSettings, writer: RunWriter | None, progress: Pro
     if solver is not None and solver.needs_pass:
         for module, weight in quantizers.weights.items():
             matrix = skeleton.matrix(module)
-            weight.refuse(matrix.tensor, matrix.shape(source.tensors))
+            weight.refuse(f"{module}.weight", matrix.shape(source.tensors))
     tokens = _tokens(settings, folder, writer, progress)
     _refuse_unknown(tokens, skeleton, folder)
     identity = identify(folder, source, config, skeleton, tokens, progress)

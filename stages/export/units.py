@@ -81,8 +81,8 @@ def plan_units(
     if missing:
         raise InputError(
             f"recipe {quantizers.recipe.name!r} quantizes {missing[0]}, which the source checkpoint does not "
-            f"hold under this name ({len(missing)} such); tied weights and experts stored fused are not "
-            "supported yet: choose a recipe that leaves them unquantized"
+            f"hold under this name ({len(missing)} such); tied weights are not supported yet: choose a "
+            "recipe that leaves them unquantized"
         )
     units = []
     for name in sorted(tensors, key=natural):
@@ -149,7 +149,9 @@ def check_engine_rules(
     """
     for group in engine_fused:
         formats = {
-            module: quantizers.weights.get(module) for module in group if f"{module}.weight" in tensors
+            module: quantizers.weights.get(module)
+            for module in group
+            if module in quantizers.weights or f"{module}.weight" in tensors
         }
         if len(set(formats.values())) > 1:
             shown = ", ".join(

@@ -2,13 +2,10 @@
 
 Hub names (`model.layers.3.mlp.experts.17.up_proj`) are what engines read and what this project stores. Memory
 names are where transformers keeps the same weights, possibly fused
-(`model.layers.3.mlp.experts.gate_up_proj`). The map runs forward, from hub tensor to parameter, through
-transformers' own conversion rules; a reverse map would have to guess.
-
-`core_model_loading` and `conversion_mapping` are semi-private in transformers; docs/versions.md has what ran.
+(`model.layers.3.mlp.experts.gate_up_proj`).
 """
 
-from collections.abc import Iterable
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -17,14 +14,14 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
-from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
+from stages.model.fused_experts import expert_matrices, fused_hub_name
 from stages.model.matrices import StoredMatrix
 from stages.model.plausible import read_config
+from stages.model.tensor_map import map_tensors, operations
 from state.errors import InputError
 from state.reasons import reason
-from state.source import weights_file
+from state.source import TensorEntry, weights_file
 
 
 @dataclass(frozen=True)
@@ -45,7 +42,7 @@ class ExpertsModule:
 
     up: hub leaves whose weights make up the first projection, in the order they are stacked (`gate_proj`,
     `up_proj`). down: hub leaf of the second projection. fused_on_hub: the hub stores them fused as well,
-    instead of expert by expert.
+    instead of expert by expert. biased: each projection has a bias.
     """
 
     hub: str
@@ -57,6 +54,7 @@ class ExpertsModule:
     hidden: int
     intermediate: int
     fused_on_hub: bool
+    biased: bool
 
     def projections(self, expert: int) -> list[str]:
         """Hub names of one expert's projections, first projection before second."""
@@ -107,16 +105,17 @@ class Skeleton:
 
     Args:
         config: the model's configuration; it is copied, since building a model writes to it.
-        tensor_names: every tensor name of the hub checkpoint.
+        tensors: every tensor of the hub checkpoint, by name.
     Raises InputError when transformers can't build a causal language model from the configuration.
     """
 
     def __init__(
-        self, config: PretrainedConfig, tensor_names: Iterable[str], trust_remote_code: bool = False
+        self, config: PretrainedConfig, tensors: Mapping[str, TensorEntry], trust_remote_code: bool = False
     ) -> None:
         self.config = type(config).from_dict(config.to_dict())
         self.model = build_meta_model(self.config, trust_remote_code)
-        self.parameter_of = map_tensors(self.model, tensor_names)
+        self.parameter_of = map_tensors(self.model, tensors)
+        self._tensors = tensors
 
     @cached_property
     def hub_of(self) -> dict[str, str]:
@@ -175,7 +174,32 @@ class Skeleton:
 
     def matrix(self, module: str) -> StoredMatrix:
         """Where the checkpoint keeps the weight of a linear, router or expert projection, by hub name."""
-        return StoredMatrix(f"{module}.weight")
+        return self._fused_matrices.get(module) or StoredMatrix(f"{module}.weight")
+
+    @cached_property
+    def _fused_matrices(self) -> dict[str, StoredMatrix]:
+        """Where each expert's projections lie, for experts that are fused on the hub."""
+        found: dict[str, StoredMatrix] = {}
+        for experts in self.experts:
+            if not experts.fused_on_hub:
+                continue
+            module = self.model.get_submodule(experts.memory)
+            for parameter, leaves in ((experts.up_parameter, experts.up), ("down_proj", (experts.down,))):
+                sources = self._sources(f"{experts.memory}.{parameter}")
+                found |= expert_matrices(
+                    experts.hub,
+                    leaves,
+                    module,
+                    getattr(module, parameter).shape,
+                    [self._tensors[name] for name in sources],
+                    operations(self.model, sources),
+                )
+        return found
+
+    def _sources(self, parameter: str) -> list[str]:
+        """The hub tensors that feed a parameter, in order."""
+        found = [(order, name) for name, (fed, order) in self.parameter_of.items() if fed == parameter]
+        return [name for _, name in sorted(found)]
 
     def projections(self) -> list[str]:
         """Hub names of all that has a weight: linears, routers and each expert's projections."""
@@ -193,7 +217,7 @@ class Skeleton:
         second = self._expert_leaves(f"{memory}.down_proj")
         fused_on_hub = not first
         if fused_on_hub:
-            hub = self._fused_hub_name(f"{memory}.{up_parameter}", memory)
+            hub = self._fused_hub_name(memory, up_parameter)
             first, second = {"gate_proj": hub, "up_proj": hub}, {"down_proj": hub}
             if not module.has_gate:
                 first = {"up_proj": hub}
@@ -207,6 +231,7 @@ class Skeleton:
             hidden=hidden,
             intermediate=width // (2 if module.has_gate else 1),
             fused_on_hub=fused_on_hub,
+            biased=module.has_bias,
         )
 
     def _expert_leaves(self, parameter: str) -> dict[str, str]:
@@ -223,11 +248,9 @@ class Skeleton:
                 leaves[leaf] = (order, experts)
         return {leaf: hub for leaf, (_, hub) in sorted(leaves.items(), key=lambda item: item[1][0])}
 
-    def _fused_hub_name(self, parameter: str, memory: str) -> str:
-        for tensor, (target, _) in self.parameter_of.items():
-            if target == parameter:
-                return tensor.removesuffix(".weight").rpartition(".")[0]
-        return memory
+    def _fused_hub_name(self, memory: str, up_parameter: str) -> str:
+        sources = self._sources(f"{memory}.{up_parameter}")
+        return fused_hub_name(sources[0]) if sources else memory
 
 
 def is_router(module: nn.Module) -> bool:
@@ -257,21 +280,3 @@ def build_meta_model(config: PretrainedConfig, trust_remote_code: bool = False) 
             f"{type(error).__name__}: {reason(error)}"
         ) from error
     return model.eval()
-
-
-def map_tensors(model: PreTrainedModel, tensor_names: Iterable[str]) -> dict[str, tuple[str, int]]:
-    """Hub tensor → (parameter it feeds, its place among that parameter's sources)."""
-    mapping = get_model_conversion_mapping(model)
-    renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
-    converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
-    meta_state = model.state_dict()
-    targets = {}
-    for name in sorted(tensor_names):
-        parameter, pattern = rename_source_key(
-            name, renamings, converters, model.base_model_prefix, meta_state
-        )
-        order = next(
-            (c.source_patterns.index(pattern) for c in converters if pattern in c.source_patterns), 0
-        )
-        targets[name] = (parameter, order)
-    return targets

@@ -100,7 +100,7 @@ class _PlanReader:
         self._input([hub], f"{memory}.input_quantizer", module.input_quantizer)
 
     def _read_experts(self, experts: ExpertsModule, module: nn.Module) -> None:
-        if experts.fused_on_hub:
+        if experts.fused_on_hub and experts.biased:
             self._refuse_fused(experts, module)
             return
         for parameter, leaves in ((experts.up_parameter, experts.up), ("down_proj", (experts.down,))):
@@ -118,14 +118,16 @@ class _PlanReader:
             self.fused.update(hubs)
 
     def _refuse_fused(self, experts: ExpertsModule, module: nn.Module) -> None:
-        """Raise InputError where the recipe quantizes experts that the checkpoint stores as one tensor."""
+        """Raise InputError where the recipe quantizes experts with biases that the checkpoint stores as one
+        tensor: no engine is known to read those expert by expert.
+        """
         from modelopt.torch.quantization.nn import TensorQuantizer
 
         if any(part.is_enabled for part in module.modules() if isinstance(part, TensorQuantizer)):
             raise InputError(
-                f"recipe {self.recipe.name!r} quantizes {experts.hub}, whose experts the checkpoint stores "
-                "fused in one tensor; that is not supported yet; supported: experts stored one by one, or a "
-                "recipe that leaves them alone"
+                f"recipe {self.recipe.name!r} quantizes {experts.hub}, whose experts have biases and are "
+                "stored fused in one tensor; that is not supported yet; supported: a recipe that leaves them "
+                "alone, such as general/ptq/nvfp4_omlp_only-kv_fp8"
             )
 
     def _read_attention(self, memory: str, module: nn.Module) -> None:
