@@ -1,0 +1,212 @@
+"""One family through every recipe and schedule, in forks of a process that has imported everything."""
+
+import dataclasses
+import json
+import pickle
+import shutil
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from tests.crash.server import Ended, call, command
+from tests.families.checkpoint import Checkpoint
+from tests.families.judge import Case, faults, weight_faults
+from tests.families.layout import Family
+from tests.families.logits import dequantized, distance, logits, write_plain
+from tests.families.replay import Seen, replay
+from tests.families.tokenizer import write_text
+from tests.families.write import write_family
+
+SAMPLES, SEQ, BATCH = 8, 32, 4
+SIZES = ["--samples", str(SAMPLES), "--seq", str(SEQ), "--batch", str(BATCH)]
+SCHEDULES = ("whole", "layerwise")
+LONGEST = 120.0
+
+WORSE = 1.3
+"""A solver may leave logits this many times further off than rounding to nearest, never more."""
+
+
+@dataclass(frozen=True)
+class Column:
+    """One recipe of the table. `solver`: calibration runs once more for it."""
+
+    title: str
+    recipe: str
+    solver: bool = False
+    kv: bool = False
+
+
+COLUMNS = (
+    Column("nvfp4", "nvfp4"),
+    Column("fp8", "fp8"),
+    Column("FP8 KV", "general/ptq/nvfp4_default-kv_fp8", kv=True),
+    Column("AWQ full", "nvfp4_awq_full", solver=True),
+    Column("GPTQ", "general/ptq/nvfp4_default-kv_none-gptq", solver=True),
+)
+
+
+@dataclass
+class Cell:
+    """How one recipe under one schedule ended: `works`, `refused` with the reason, or `wrong` with the
+    faults."""
+
+    column: str
+    schedule: str
+    verdict: str
+    said: list[str]
+    seconds: float
+    distance: float | None = None
+    folds: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+
+def run_family(family: Family, folder: Path) -> list[Cell]:
+    """All cells of a family. `folder` is emptied first, and holds what was made afterwards."""
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    bench = Bench(family, folder)
+    return [cell for schedule in SCHEDULES for cell in bench.schedule(schedule)]
+
+
+class Bench:
+    """A family's source, text and runs in one folder."""
+
+    def __init__(self, family: Family, folder: Path) -> None:
+        self.family, self.folder = family, folder
+        self.source = folder / "model"
+        self.weights = write_family(family, self.source)
+        self.plain = folder / "plain"
+        write_plain(family, self.source, self.weights, self.plain)
+        write_text(folder / "text.jsonl")
+        self._case: Case | None = None
+        self._wanted: torch.Tensor | None = None
+        self._rounded: float | None = None
+
+    def schedule(self, schedule: str) -> list[Cell]:
+        """The cells of one schedule: a calibration, exports from it, and a pass for each solver."""
+        run, cells = f"run-{schedule}", []
+        began = time.monotonic()
+        first = self._calibrate(run, schedule, "nvfp4")
+        for column in COLUMNS:
+            ended = first
+            if column.solver and first.code == 0:
+                ended = self._calibrate(f"{run}-{column.recipe.rpartition('-')[2]}", schedule, column.recipe)
+            cells.append(self._cell(column, schedule, run, ended, began))
+            began = time.monotonic()
+        return cells
+
+    def _calibrate(self, run: str, schedule: str, recipe: str) -> Ended:
+        options = ["--schedule", schedule, "--recipe", recipe, *SIZES]
+        return self._command(["calibrate", "model", "text.jsonl", run, *options])
+
+    def _cell(self, column: Column, schedule: str, run: str, ended: Ended, began: float) -> Cell:
+        out = f"{schedule}-{column.title.replace(' ', '-')}"
+        if column.solver:
+            run = f"{run}-{column.recipe.rpartition('-')[2]}"
+        if ended.code == 0:
+            ended = self._command(["export", run, out, "--recipe", column.recipe])
+        cell = Cell(column.title, schedule, "works", [], 0.0)
+        if ended.code == 2 and "Traceback" not in ended.output:
+            cell.verdict, cell.said = "refused", [reason(ended.output)]
+        elif ended.code != 0:
+            cell.verdict, cell.said = "wrong", [f"exit {ended.code}: {ended.output[-600:]}"]
+        else:
+            self._judge(column, out, cell)
+        cell.seconds = round(time.monotonic() - began, 2)
+        return cell
+
+    def _judge(self, column: Column, out: str, cell: Cell) -> None:
+        export = Checkpoint.read(self.folder / out)
+        cell.said = faults(self.case(), export, column.solver, column.kv)
+        whole = not any(weight_faults(self.case(), export, column.solver))
+        if whole and column.title in ("nvfp4", "AWQ full", "GPTQ"):
+            cell.distance = self._distance(export, out)
+            if column.title == "nvfp4":
+                self._rounded = cell.distance
+            elif self._rounded is not None and not cell.distance <= WORSE * self._rounded:
+                cell.said.append(f"logits are off by {cell.distance:.4f}, rounding by {self._rounded:.4f}")
+        cell.folds = folds(self.folder / out / "export_report.json")
+        if cell.said:
+            cell.verdict = "wrong"
+
+    def case(self) -> Case:
+        """What to judge by, from an own forward over an own reading of the text."""
+        if self._case is None:
+            seen = forked(
+                lambda: replay(self.family, self.weights, self.plain, list(self.windows().split(BATCH))),
+                self.folder / "seen.pickle",
+            )
+            self._case = Case(self.family, self.weights, self.source, Seen(**seen.__dict__))
+        return self._case
+
+    def windows(self) -> torch.Tensor:
+        """int64 [SAMPLES, SEQ]: documents in order, each with the end of text behind it."""
+        from transformers import AutoTokenizer
+
+        tokenizer = AutoTokenizer.from_pretrained(self.source)
+        ids: list[int] = []
+        for line in (self.folder / "text.jsonl").read_text().splitlines():
+            ids += [*tokenizer(json.loads(line)["text"])["input_ids"], tokenizer.eos_token_id]
+        return torch.tensor(ids[: SAMPLES * SEQ]).reshape(SAMPLES, SEQ)
+
+    def _distance(self, export: Checkpoint, out: str) -> float:
+        folder = self.folder / f"{out}-loaded"
+        write_plain(self.family, self.source, dequantized(self.family, self.weights, export), folder)
+        if self._wanted is None:
+            self._wanted = forked(
+                lambda: logits(self.family, self.plain, self.windows()), self.folder / "wanted.pickle"
+            )
+        wanted = self._wanted
+        far: float = forked(
+            lambda: distance(logits(self.family, folder, self.windows()), wanted),
+            self.folder / f"{out}.pickle",
+        )
+        shutil.rmtree(folder)
+        return far
+
+    def _command(self, arguments: list[str]) -> Ended:
+        log = self.folder / f"{len(list(self.folder.glob('*.log'))):02}.log"
+        log.write_text("holdfast " + " ".join(arguments) + "\n")
+
+        def run() -> int:
+            renew_threads()
+            return command(self.folder, arguments)
+
+        return call(run, log, LONGEST)
+
+
+def forked(work: Callable[[], Any], file: Path) -> Any:
+    """What some work returns, done in a fork that leaves it in `file`, so that threads and memory of a
+    forward stay out of this process."""
+
+    def keep() -> int:
+        renew_threads()
+        file.write_bytes(pickle.dumps(work()))
+        return 0
+
+    log = file.with_suffix(".log")
+    ended = call(keep, log, LONGEST)
+    if ended.code != 0:
+        raise RuntimeError(f"an own forward ended with {ended.code}: {ended.output[-600:]}")
+    return pickle.loads(file.read_bytes())
+
+
+def renew_threads() -> None:
+    """Let torch make its pool of threads anew after a fork: threads of transformers' loader may race to do
+    it."""
+    torch.set_num_threads(1)
+
+
+def reason(output: str) -> str:
+    """What the command said about its refusal, on one line."""
+    _, _, said = output.rpartition("holdfast: ")
+    return " ".join(said.split())
+
+
+def folds(report: Path) -> dict[str, Any]:
+    """What export_report.json tells of folding."""
+    told = json.loads(report.read_text())
+    return {key: told[key] for key in ("folds", "folded", "not_folded") if key in told}
