@@ -76,7 +76,7 @@ def describe(
         dtype=dtype,
         text=TextModel.of(skeleton.config),
         config=flattened(config),
-        files={where: config_files(skeleton, stated, dtype) for where, stated in variants.items()},
+        files={where: config_files(source.folder, stated) for where, stated in variants.items()},
     )
 
 
