@@ -5,7 +5,7 @@ parameters: gate and up one after the other or in turns, stored as `[in, out]` o
 no entry anywhere.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 from stages.model.matrices import StoredMatrix
@@ -21,7 +21,7 @@ def expert_matrices(
     module: Any,
     shape: Sequence[int],
     sources: Sequence[TensorEntry],
-    operations: Iterable[str],
+    operations: Collection[str],
 ) -> dict[str, StoredMatrix]:
     """Hub name of each expert's projection → where its matrix lies.
 
@@ -47,7 +47,8 @@ def expert_matrices(
     parts = len(leaves) if together else 1
     for position, leaf in enumerate(leaves):
         entry = sources[0 if together else position]
-        transposed, rows = _orientation(entry, module.is_transposed, shape, len(leaves) // parts)
+        turned = TRANSPOSE in operations
+        transposed, rows = _orientation(entry, module.is_transposed, turned, shape, len(leaves) // parts)
         each = rows // parts
         first, stride = (position * each, 1) if module.is_concatenated else (position, parts)
         if parts == 1:
@@ -60,15 +61,16 @@ def expert_matrices(
 
 
 def _orientation(
-    entry: TensorEntry, is_transposed: bool, shape: Sequence[int], split: int
+    entry: TensorEntry, is_transposed: bool, turned: bool, shape: Sequence[int], split: int
 ) -> tuple[bool, int]:
     """Whether a hub tensor is stored as `[experts, in, out]`, and how many rows `out` is.
 
+    is_transposed: whether the parameter is. turned: whether loading transposes the tensor whatever its shape.
     split: how many tensors of this size the parameter is made of.
     """
     count, second, third = shape
     second, third = (second, third // split) if is_transposed else (second // split, third)
-    if entry.shape == (count, second, third):
+    if entry.shape == (count, second, third) and not turned:
         transposed = is_transposed
     elif entry.shape == (count, third, second):
         transposed = not is_transposed

@@ -11,10 +11,10 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers import AutoConfig, PretrainedConfig
 
+from stages.model.build import build_meta_model
 from stages.model.fused_experts import expert_matrices, fused_hub_name
 from stages.model.matrices import StoredMatrix
 from stages.model.plausible import read_config
@@ -112,8 +112,8 @@ class Skeleton:
     def __init__(
         self, config: PretrainedConfig, tensors: Mapping[str, TensorEntry], trust_remote_code: bool = False
     ) -> None:
-        self.config = type(config).from_dict(config.to_dict())
-        self.model = build_meta_model(self.config, trust_remote_code)
+        self.model = build_meta_model(config, trust_remote_code)
+        self.config = self.model.config
         self.parameter_of = map_tensors(self.model, tensors)
         self._tensors = tensors
 
@@ -171,6 +171,40 @@ class Skeleton:
                     "experts as nn.Linear)"
                 )
         return found
+
+    def holds(self, tensor: str) -> bool:
+        """Whether the checkpoint has a tensor of this name."""
+        return tensor in self._tensors
+
+    @cached_property
+    def embeddings(self) -> set[str]:
+        """Hub tensors of embeddings."""
+        names = {
+            f"{name}.weight"
+            for name, module in self.model.named_modules()
+            if isinstance(module, nn.Embedding)
+        }
+        return {tensor for tensor, (parameter, _) in self.parameter_of.items() if parameter in names}
+
+    def is_of_text(self, memory: str) -> bool:
+        """Whether a module, by memory name, is part of the language model or its output head, and not of a
+        tower or a projector beside it.
+        """
+        if self._text_models is None:
+            return True
+        head = self.model.get_output_embeddings()
+        return self.model.get_submodule(memory) is head or f"{memory}.".startswith(self._text_models)
+
+    @cached_property
+    def _text_models(self) -> tuple[str, ...] | None:
+        """What the memory names of the language model's modules begin with; None where that is the whole."""
+        text = self.config.get_text_config()
+        if text is self.config:
+            return None
+        owners = [
+            name for name, module in self.model.named_modules() if getattr(module, "config", None) is text
+        ]
+        return tuple(f"{name}." for name in owners if name) or None
 
     def matrix(self, module: str) -> StoredMatrix:
         """Where the checkpoint keeps the weight of a linear, router or expert projection, by hub name."""
@@ -265,18 +299,3 @@ def is_router(module: nn.Module) -> bool:
 def is_registry_experts(module: nn.Module) -> bool:
     """True for expert modules whose class carries transformers' `use_experts_implementation` decorator."""
     return hasattr(module, "has_gate") and hasattr(module, "is_transposed") and hasattr(module, "_apply_gate")
-
-
-def build_meta_model(config: PretrainedConfig, trust_remote_code: bool = False) -> PreTrainedModel:
-    """Build the causal language model of `config` on the meta device. Raises InputError where that is
-    impossible.
-    """
-    try:
-        with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
-    except Exception as error:  # as for the configuration
-        raise InputError(
-            "no causal language model can be built from this config.json: "
-            f"{type(error).__name__}: {reason(error)}"
-        ) from error
-    return model.eval()

@@ -31,7 +31,9 @@ def map_tensors(model: PreTrainedModel, tensor_names: Iterable[str]) -> dict[str
 
 
 def operations(model: PreTrainedModel, tensors: Iterable[str]) -> set[str]:
-    """Names of what transformers does to hub tensors as it loads them."""
+    """Names of what transformers does to hub tensors as it loads them, but for transpositions that it leaves
+    out where shapes agree already: those follow from the shapes.
+    """
     mapping = get_model_conversion_mapping(model)
     renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
     converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
@@ -40,5 +42,9 @@ def operations(model: PreTrainedModel, tensors: Iterable[str]) -> set[str]:
         _, pattern = rename_source_key(name, renamings, converters, model.base_model_prefix, {})
         for converter in converters:
             if pattern in converter.source_patterns:
-                found.update(type(operation).__name__ for operation in converter.operations)
+                found.update(
+                    type(operation).__name__
+                    for operation in converter.operations
+                    if not getattr(operation, "check_dims", False)
+                )
     return found

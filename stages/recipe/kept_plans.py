@@ -59,6 +59,7 @@ class _Kept(BaseModel):
     kv: dict[str, KvFormat]
     fused_experts: list[str]
     hf_quant_config: dict[str, Any]
+    left_out: dict[str, str]
     dtype: str
     text: dict[str, str | int | None]
     config: dict[str, str]
@@ -122,6 +123,7 @@ def _to_kept(plan: ModelPlan) -> _Kept:
         kv=quantizers.kv,
         fused_experts=sorted(quantizers.fused_experts),
         hf_quant_config=quantizers.hf_quant_config,
+        left_out=quantizers.left_out,
         dtype=plan.dtype,
         text=vars(plan.text),
         config=plan.config,
@@ -138,6 +140,7 @@ def _from_kept(kept: _Kept) -> ModelPlan:
         kv=kept.kv,
         fused_experts=frozenset(kept.fused_experts),
         hf_quant_config=kept.hf_quant_config,
+        left_out=kept.left_out,
     )
     matrices = {module: StoredMatrix(**vars(matrix)) for module, matrix in kept.matrices.items()}
     text = TextModel(**kept.text)  # type: ignore[arg-type]

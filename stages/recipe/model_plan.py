@@ -1,7 +1,7 @@
 """What transformers and modelopt say about a model and a recipe, as plain data that outlives both imports."""
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -62,17 +62,25 @@ def describe(
     skeleton: "Skeleton", config: "PretrainedConfig", source: Source, quantizers: QuantizerPlan
 ) -> ModelPlan:
     """The plan of a model whose skeleton and quantizers are there already."""
+    from stages.recipe.excluded import with_all_excluded
     from stages.recipe.hf_config import config_files, with_pre_quant_scale
 
     dtype, solver = stated_dtype(skeleton, source), solver_of(quantizers)
-    plain = quantizers.hf_quant_config
+    matrices = {module: skeleton.matrix(module) for module in quantizers.weights}
+    plain = with_all_excluded(
+        quantizers.hf_quant_config,
+        source.tensors,
+        {module: matrix.tensor for module, matrix in matrices.items()},
+        skeleton.embeddings,
+    )
+    quantizers = replace(quantizers, hf_quant_config=plain)
     variants: dict[Scales, dict[str, object]] = {"plain": plain}
     if solver is not None and solver.needs_pass:
         variants["folded"] = with_pre_quant_scale(plain, separate=False)
         variants["separate"] = with_pre_quant_scale(plain, separate=True)
     return ModelPlan(
         quantizers=quantizers,
-        matrices={module: skeleton.matrix(module) for module in quantizers.weights},
+        matrices=matrices,
         dtype=dtype,
         text=TextModel.of(skeleton.config),
         config=flattened(config),

@@ -41,8 +41,7 @@ def observed_attention(model: PreTrainedModel, observe: KvObserver) -> Iterator[
         return _implementation(before, module)(module, query, key, value, *args, **kwargs)
 
     ALL_ATTENTION_FUNCTIONS.register(name, forward)
-    on_meta = model.device.type == "meta"  # no values there to build a mask from
-    ALL_MASK_ATTENTION_FUNCTIONS.register(name, _no_mask if on_meta else ALL_MASK_ATTENTION_FUNCTIONS[before])
+    ALL_MASK_ATTENTION_FUNCTIONS.register(name, _unless_on_meta(ALL_MASK_ATTENTION_FUNCTIONS[before]))
     model.set_attn_implementation(name)
     try:
         yield
@@ -65,8 +64,16 @@ def _implementation(name: str, module: nn.Module) -> Callable[..., Any]:
     raise LookupError(f"{type(module).__name__} has no eager_attention_forward")
 
 
-def _no_mask(*_args: Any, **_kwargs: Any) -> None:
-    return None
+def _unless_on_meta(build: Callable[..., Any]) -> Callable[..., Any]:
+    """A mask function that builds none on the meta device, which has no values to build one from. A model may
+    be in several places: a tower that is never loaded stays on meta.
+    """
+
+    def mask(*args: Any, **kwargs: Any) -> Any:
+        device = kwargs.get("device")
+        return None if device is not None and device.type == "meta" else build(*args, **kwargs)
+
+    return mask
 
 
 def channels_last(tensor: torch.Tensor) -> torch.Tensor:
