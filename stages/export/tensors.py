@@ -1,11 +1,11 @@
 """Output tensors, one at a time: read from the source, checked against the run's identity, packed."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from torch import Tensor
 
-from stages.export.provenance import refuse_other_tensors
+from stages.export.checked import CheckedSource
 from stages.export.rescale import Rescaling
 from stages.export.scales import stored, stored_vector
 from stages.export.shards import Bytes, TensorSpec
@@ -42,6 +42,7 @@ class TensorMaker:
         self.ingredients = ingredients
         self.unit_of = {spec.name: unit for unit in shard.units for spec in unit.outputs}
         self.pending: dict[str, Tensor] = {}
+        self.checked = CheckedSource(ingredients.source, ingredients.digests)
 
     def make(self, spec: TensorSpec) -> Bytes:
         """The bytes of one output tensor.
@@ -63,23 +64,13 @@ class TensorMaker:
             self.pending = self._quantized(unit.matrix, unit.format, module, leaf)
         return raw_bytes(self.pending.pop(spec.name))
 
-    def _check(self, names: Iterable[str]) -> None:
-        """Compare tensors that have been copied with what the run recorded of them: what is written to the
-        file from here on is not in the copies.
-        """
-        source, digests = self.ingredients.source, self.ingredients.digests
-        for name in names:
-            found = source.digest(name)
-            if found != digests.get(name):
-                refuse_other_tensors(source, digests, source.digests(threads=2) | {name: found})
-
     def _unquantized(self, name: str) -> Bytes:
         source, rescaling = self.ingredients.source, self.ingredients.rescaling
         if rescaling.changes(name):
             data = raw_bytes(rescaling.to_store(name, read_tensor(source, name)))
         else:
             data = memoryview(bytes(source.read(name)))
-        self._check([name])
+        self.checked.require_same([name])
         return data
 
     def _quantized(
@@ -91,7 +82,7 @@ class TensorMaker:
         solved = self.ingredients.solved
         rounded = solved.rounded(module, leaf) if solved is not None else None
         if rounded is not None:
-            self._check(matrix.tensors)
+            self.checked.require_same(matrix.tensors, matrix.expert)
             return {f"{module}.{leaf}": rounded}
         weight = self._weight(module, matrix)
         block_amax = solved.block_amax(module) if solved is not None else None
@@ -108,7 +99,7 @@ class TensorMaker:
         """The weight as it is to be packed."""
         name, given = f"{module}.weight", self.ingredients
         stored_weight = matrix.read(given.source)
-        self._check(matrix.tensors)
+        self.checked.require_same(matrix.tensors, matrix.expert)
         weight = stored_weight.to(given.rescaling.dtype)
         largest = largest_magnitude(weight.reshape(-1))
         recorded = given.weight_amax[module]
