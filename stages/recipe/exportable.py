@@ -1,0 +1,27 @@
+"""What a recipe asks for and no checkpoint of this model can hold: refused before anything is measured."""
+
+from collections.abc import Mapping
+
+from stages.model.matrices import StoredMatrix
+from stages.recipe.quantizer_plan import QuantizerPlan
+from state.errors import InputError
+from state.source import TensorEntry
+
+
+def require_exportable(
+    quantizers: QuantizerPlan, matrices: Mapping[str, StoredMatrix], tensors: Mapping[str, TensorEntry]
+) -> None:
+    """Raise InputError naming the module whose weight the checkpoint does not hold, or whose shape its format
+    can't take.
+    """
+    missing = sorted(
+        name for module in quantizers.weights for name in matrices[module].tensors if name not in tensors
+    )
+    if missing:
+        raise InputError(
+            f"recipe {quantizers.recipe.name!r} quantizes {missing[0]}, which the source checkpoint does not "
+            f"hold under this name ({len(missing)} such); tied weights are not supported yet: choose a "
+            "recipe that leaves them unquantized"
+        )
+    for module, weight in quantizers.weights.items():
+        weight.refuse(f"{module}.weight", matrices[module].shape(tensors))
