@@ -16,8 +16,6 @@ from stages.recipe.quantizer_plan import QuantizerPlan
 from state.errors import InputError
 from state.source import TensorEntry
 
-FLOAT_DTYPES = ("BF16", "F16", "F32")
-
 
 @dataclass(frozen=True)
 class Unit:
@@ -188,13 +186,6 @@ def natural(name: str) -> list[tuple[int, int, str]]:
 def _quantized_unit(
     module: str, matrix: StoredMatrix, tensors: Mapping[str, TensorEntry], weight: WeightFormat
 ) -> Unit:
-    entry = tensors[matrix.tensor]
-    axes = 2 if matrix.expert is None else 3
-    if (matrix.dequantizer is None and entry.dtype not in FLOAT_DTYPES) or len(entry.shape) != axes:
-        raise InputError(
-            f"{entry.name} is {entry.dtype}{list(entry.shape)}; only matrices in {', '.join(FLOAT_DTYPES)} "
-            "can be quantized"
-        )
     rows, columns = matrix.shape(tensors)
     specs = tuple(
         TensorSpec(f"{module}.{leaf}", dtype, shape) for leaf, dtype, shape in weight.stored(rows, columns)

@@ -7,12 +7,14 @@ from stages.recipe.quantizer_plan import QuantizerPlan
 from state.errors import InputError
 from state.source import TensorEntry
 
+FLOAT_DTYPES = ("BF16", "F16", "F32")
+
 
 def require_exportable(
     quantizers: QuantizerPlan, matrices: Mapping[str, StoredMatrix], tensors: Mapping[str, TensorEntry]
 ) -> None:
-    """Raise InputError naming the module whose weight the checkpoint does not hold, or whose shape its format
-    can't take.
+    """Raise InputError naming the module whose weight the checkpoint does not hold, or which is no matrix of
+    floats, or of a shape that its format can't take.
     """
     missing = sorted(
         name for module in quantizers.weights for name in matrices[module].tensors if name not in tensors
@@ -24,4 +26,11 @@ def require_exportable(
             "recipe that leaves them unquantized"
         )
     for module, weight in quantizers.weights.items():
-        weight.refuse(f"{module}.weight", matrices[module].shape(tensors))
+        matrix = matrices[module]
+        entry, axes = tensors[matrix.tensor], 2 if matrix.expert is None else 3
+        if (matrix.dequantizer is None and entry.dtype not in FLOAT_DTYPES) or len(entry.shape) != axes:
+            raise InputError(
+                f"{entry.name} is {entry.dtype}{list(entry.shape)}; only matrices in "
+                f"{', '.join(FLOAT_DTYPES)} can be quantized"
+            )
+        weight.refuse(f"{module}.weight", matrix.shape(tensors))

@@ -230,12 +230,12 @@ class _PlanReader:
         """Raise InputError naming every enabled quantizer that no kept statistic serves, and where the recipe
         quantizes K and V and no attention is known to have any.
         """
-        if not self.kv and any(_asks_for_kv(rule) for rule in self.recipe.quant_cfg):
+        unserved = sorted(self.enabled.keys() - self.served)
+        if not (self.kv or unserved) and any(_asks_for_kv(rule) for rule in self.recipe.quant_cfg):
             raise InputError(
                 f"recipe {self.recipe.name!r} quantizes KV caches, and modelopt finds no attention in "
                 f"{type(self.skeleton.model).__name__} to do so; choose a recipe that leaves them alone"
             )
-        unserved = sorted(self.enabled.keys() - self.served)
         if unserved:
             shown = ", ".join(unserved[:5]) + (f" and {len(unserved) - 5} more" if len(unserved) > 5 else "")
             raise InputError(

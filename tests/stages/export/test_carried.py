@@ -5,7 +5,6 @@ from pathlib import Path
 from stages.export.carried import carried_files
 
 CARRIED = [
-    "README.md",
     "added_tokens.json",
     "chat_template.jinja",
     "custom_generate/generate.py",
@@ -18,6 +17,7 @@ CARRIED = [
     "video_preprocessor_config.json",
 ]
 LEFT = [
+    "README.md",
     ".cache/huggingface/tokenizer.json.lock",
     ".gitattributes",
     "__pycache__/modeling_own.cpython-311.pyc",
