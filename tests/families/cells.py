@@ -128,9 +128,28 @@ class Bench:
                 self._rounded = cell.distance
             elif self._rounded is not None and not cell.distance <= WORSE * self._rounded:
                 cell.said.append(f"logits are off by {cell.distance:.4f}, rounding by {self._rounded:.4f}")
+        if self.family.stored != "plain" and cell.schedule == SCHEDULES[0] and whole:
+            cell.said += self._copy_faults(column, export)
         cell.folds = folds(self.folder / out / "export_report.json")
         if cell.said:
             cell.verdict = "wrong"
+
+    def _copy_faults(self, column: Column, export: Checkpoint) -> list[str]:
+        """What differs from the export of a copy of the source that was dequantized beforehand."""
+        run, out = f"copy-run-{column.title}", f"copy-{column.title}"
+        for arguments in (
+            ["calibrate", "plain", "text.jsonl", run, "--recipe", column.recipe, *SIZES],
+            ["export", run, out, "--recipe", column.recipe],
+        ):
+            ended = self._command(arguments)
+            if ended.code != 0:
+                return [f"the dequantized copy: exit {ended.code}: {ended.output[-300:]}"]
+        copy = Checkpoint.read(self.folder / out).tensors
+        return [
+            f"{name} is not that of the dequantized copy"
+            for name in sorted(set(copy) | set(export.tensors))
+            if not same(copy.get(name), export.tensors.get(name))
+        ]
 
     def case(self) -> Case:
         """What to judge by, from an own forward over an own reading of the text."""
@@ -192,6 +211,13 @@ def forked(work: Callable[[], Any], file: Path) -> Any:
     if ended.code != 0:
         raise RuntimeError(f"an own forward ended with {ended.code}: {ended.output[-600:]}")
     return pickle.loads(file.read_bytes())
+
+
+def same(one: torch.Tensor | None, other: torch.Tensor | None) -> bool:
+    """Whether two tensors are there and equal to the bit."""
+    if one is None or other is None or one.dtype != other.dtype or one.shape != other.shape:
+        return False
+    return torch.equal(one.contiguous().view(torch.uint8), other.contiguous().view(torch.uint8))
 
 
 def renew_threads() -> None:

@@ -42,6 +42,7 @@ def faults(case: Case, export: Checkpoint, solved: bool, kv: bool) -> list[str]:
         *input_faults(case, export, solved),
         *kv_faults(case, export, kv),
         *leftover_faults(export),
+        *group_faults(case, export),
         *exclude_faults(case, export),
         *config_faults(case, export),
         *file_faults(case, export),
@@ -62,7 +63,7 @@ def weight_faults(case: Case, export: Checkpoint, solved: bool) -> Iterator[str]
         if name not in found:
             yield f"{name} is missing"
             continue
-        if unbuilt(case.family, name):
+        if unbuilt(case.family, name) and not quantized_beside(case, export, name):
             yield f"{name}, which no class builds, is not carried as it is"
             continue
         for matrix in found[name]:
@@ -141,12 +142,16 @@ def input_faults(case: Case, export: Checkpoint, solved: bool) -> Iterator[str]:
 
 
 def input_candidates(seen: Seen, module: str) -> list[float]:
-    """What an input's largest value may be: the module's own, or its layer's over all experts."""
-    pattern = re.escape(module)
-    pattern = re.sub(r"experts\\?\.\d+\\?\.", r"experts\\.\\d+\\.", pattern)
+    """What an input's largest value may be: the module's own, or its layer's over all experts. A module that
+    no class builds has those of the linears that engines fuse it with."""
+    if module not in seen.inputs:
+        beside = [member for members in siblings(module, set(seen.inputs)) for member in members]
+        found = [seen.inputs[member] for member in beside]
+    else:
+        found = [seen.inputs[module]]
+    pattern = re.sub(r"experts\\\.\d+\\\.", r"experts\\.\\d+\\.", re.escape(module))
     layer = [value for name, value in seen.inputs.items() if re.fullmatch(pattern, name)]
-    own = [seen.inputs[module]] if module in seen.inputs else []
-    return own + ([max(layer)] if layer else [])
+    return found + ([max(layer)] if layer else [])
 
 
 def kv_faults(case: Case, export: Checkpoint, kv: bool) -> Iterator[str]:
@@ -175,6 +180,47 @@ def leftover_faults(export: Checkpoint) -> Iterator[str]:
     """Tensors that nothing of the source stands for."""
     for name in sorted(set(export.tensors) - export.used):
         yield f"{name} is extra"
+
+
+GROUPS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"), ("w1", "w3"))
+"""Linears that engines hold in one matrix, by the last part of their names."""
+
+
+def group_faults(case: Case, export: Checkpoint) -> Iterator[str]:
+    """Linears that engines fuse and that are quantized in part, or with scales that differ."""
+    modules = {matrix.module for found in matrices(case.family, case.weights).values() for matrix in found}
+    for first in sorted(modules):
+        for members in siblings(first, modules):
+            if members[0] != first:
+                continue
+            quantized = [module for module in members if export.quantized(module)]
+            if quantized and len(quantized) != len(members):
+                yield f"of {', '.join(members)} only {', '.join(quantized)} is quantized"
+                continue
+            for which in ("weight_scale_2", "input_scale"):
+                scales = {
+                    float(scale) for one in quantized if (scale := export.scale(one, which)) is not None
+                }
+                if len(scales) > 1:
+                    yield f"{', '.join(members)} have different {which}"
+
+
+def siblings(module: str, modules: set[str]) -> Iterator[list[str]]:
+    """The fused groups that a module belongs to: those of its members that exist."""
+    parent, _, last = module.rpartition(".")
+    for group in GROUPS:
+        if last in group:
+            yield [member for name in group if (member := f"{parent}.{name}") in modules]
+
+
+def quantized_beside(case: Case, export: Checkpoint, name: str) -> bool:
+    """Whether a tensor that no class builds belongs to a fused group whose built members are quantized."""
+    modules = {name.removesuffix(".weight") for name in case.weights}
+    return any(
+        export.quantized(member) and not unbuilt(case.family, f"{member}.weight")
+        for members in siblings(name.removesuffix(".weight"), modules)
+        for member in members
+    )
 
 
 def exclude_faults(case: Case, export: Checkpoint) -> Iterator[str]:

@@ -166,7 +166,7 @@ def llama4() -> Family:
     }
     more = {"image_token_index": 380, "boi_token_index": 378, "eoi_token_index": 379}
     config = wrapper("llama4", "Llama4ForConditionalGeneration", text, vision, **more)
-    return Family("llama-4", config, layout, files=PREPROCESSOR)
+    return Family("llama-4", config, layout, files=PREPROCESSOR, loading_shown=False)
 
 
 def kimi_k2_5() -> Family:
