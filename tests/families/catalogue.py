@@ -3,7 +3,7 @@
 import functools
 from collections.abc import Callable
 
-from tests.families import deepseek, dense, fp8, fused, gemma4, hybrids, mixtures, qwen_vl, wrappers
+from tests.families import deepseek, dense, fp8, fused, gemma4, hybrids, mixtures, newest, qwen_vl, wrappers
 from tests.families.layout import Family
 
 FAMILIES: dict[str, Callable[[], Family]] = {
@@ -63,6 +63,10 @@ FAMILIES: dict[str, Callable[[], Family]] = {
     "gemma-3": wrappers.gemma3,
     "gemma-4-26b-a4b": gemma4.gemma4_moe,
     "gemma-4-e2b": gemma4.gemma4_e2b,
+    "gemma-4-unified": newest.gemma4_unified,
+    "mistral-4": newest.mistral4,
+    "minimax-m3": newest.minimax_m3,
+    "deepseek-v4": newest.deepseek_v4,
     "llama-4": wrappers.llama4,
     "deepseek-v2-lite": deepseek.deepseek_v2,
     "deepseek-v3": deepseek.deepseek_v3,

@@ -87,7 +87,8 @@ class Family:
 
     `unbuilt` are patterns of names that transformers' class never makes (fnmatch). `stored` says how matrices
     lie in the file where that is not the model's dtype; `quantized` are patterns of those that it concerns.
-    `loading_shown`: there is evidence of an engine that loads such an export.
+    `loading_shown`: there is evidence of an engine that loads such an export. `runs`: transformers' class
+    computes a forward in bfloat16.
     """
 
     name: str
@@ -98,3 +99,4 @@ class Family:
     quantized: tuple[str, ...] = ()
     files: dict[str, str] = field(default_factory=dict)
     loading_shown: bool = True
+    runs: bool = True
