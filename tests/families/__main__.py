@@ -9,6 +9,7 @@ import dataclasses
 import hashlib
 import json
 import os
+import shutil
 import sys
 import time
 import traceback
@@ -72,6 +73,8 @@ def fork_worker(names: list[str], work: Path, code: str) -> int:
             ]
         (work / f"{name}.json").write_text(json.dumps({"code": code, "cells": cells}, indent=1))
         verdicts = [cell["verdict"] for cell in cells]
+        if "wrong" not in verdicts:
+            shutil.rmtree(work / name)
         counts = ", ".join(f"{verdicts.count(word)} {word}" for word in dict.fromkeys(verdicts))
         print(f"{name}: {counts} in {time.monotonic() - began:.0f} s", flush=True)
     sys.stdout.flush()

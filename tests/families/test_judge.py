@@ -10,7 +10,7 @@ import torch
 from tests.families.catalogue import FAMILIES
 from tests.families.checkpoint import FP4, Checkpoint
 from tests.families.expected import joined, matrices, split
-from tests.families.judge import Case, faults
+from tests.families.judge import Asked, Case, faults
 from tests.families.layout import Fused
 from tests.families.replay import Seen
 from tests.families.write import write_family
@@ -59,7 +59,7 @@ def _rounded(module: str, value: torch.Tensor, second: torch.Tensor) -> dict[str
 
 
 def test_a_right_export_has_no_fault(case: Case, export: Checkpoint) -> None:
-    assert faults(case, export, solved=False, kv=False) == []
+    assert faults(case, export, Asked()) == []
 
 
 def _lose(export: Checkpoint) -> None:
@@ -150,13 +150,13 @@ def test_each_harm_is_found(
 ) -> None:
     harm(export)
 
-    found = faults(case, export, solved=False, kv=False)
+    found = faults(case, export, Asked())
 
     assert any(fault.startswith(said) for fault in found), found
 
 
 def test_missing_k_and_v_scales_are_found(case: Case, export: Checkpoint) -> None:
-    assert faults(case, export, solved=False, kv=True) == [
+    assert faults(case, export, Asked(kv=True)) == [
         "layer 0 has no k_scale",
         "layer 1 has no k_scale",
         "layer 0 has no v_scale",
