@@ -108,11 +108,15 @@ class Bench:
         out = f"{schedule}-{column.title.replace(' ', '-')}"
         if column.asked.solved:
             run = f"{run}-{column.recipe.rpartition('-')[2]}"
+        late = (self.folder / run).exists()
         if ended.code == 0:
+            late = column.asked.solved or column is COLUMNS[0]
             ended = self._command(["export", run, out, "--recipe", column.recipe])
         cell = Cell(column.title, schedule, "works", [], 0.0)
         if ended.code == 2 and "Traceback" not in ended.output:
             cell.verdict, cell.said = "refused", [reason(ended.output)]
+            if late:
+                cell.verdict, cell.said = "wrong", [f"refused after work was done: {cell.said[0]}"]
         elif ended.code != 0:
             cell.verdict, cell.said = "wrong", [f"exit {ended.code}: {ended.output[-600:]}"]
         else:
