@@ -16,7 +16,7 @@ from tests.families.checkpoint import Checkpoint
 from tests.families.judge import Asked, Case, faults, folded_input_faults, weight_faults
 from tests.families.layout import Family
 from tests.families.logits import dequantized, distance, logits, write_plain
-from tests.families.replay import replay
+from tests.families.replay import content, replay
 from tests.families.tokenizer import write_text
 from tests.families.write import write_family
 
@@ -229,7 +229,7 @@ def same(one: torch.Tensor | None, other: torch.Tensor | None) -> bool:
     """Whether two tensors are there and equal to the bit."""
     if one is None or other is None or one.dtype != other.dtype or one.shape != other.shape:
         return False
-    return torch.equal(one.contiguous().view(torch.uint8), other.contiguous().view(torch.uint8))
+    return content(one.reshape(-1)) == content(other.reshape(-1))
 
 
 def renew_threads() -> None:
