@@ -17,7 +17,8 @@ from stages.model.folder import locate
 from stages.model.plausible import require_possible_counts, require_possible_sizes
 from stages.model.skeleton import Skeleton, load_config, refuse_other_weights, refuse_quantized
 from stages.progress import Progress
-from stages.recipe.quantizer_plan import QuantizerPlan
+from stages.recipe.exportable import require_exportable
+from stages.recipe.quantizer_plan import QuantizerPlan, told_left_out
 from stages.recipe.quantizers import plan_quantizers
 from stages.recipe.recipes import resolve
 from stages.recipe.solvers import Solver, solver_of
@@ -71,10 +72,10 @@ def prepare(settings: CalibrateSettings, writer: RunWriter | None, progress: Pro
     require_possible_sizes(folder, skeleton.model, skeleton.parameter_of, source.tensors)
     quantizers = plan_quantizers(skeleton, recipe)
     solver = solver_of(quantizers)
-    if solver is not None and solver.needs_pass:
-        for module, weight in quantizers.weights.items():
-            matrix = skeleton.matrix(module)
-            weight.refuse(f"{module}.weight", matrix.shape(source.tensors))
+    matrices = {module: skeleton.matrix(module) for module in quantizers.weights}
+    require_exportable(quantizers, matrices, source.tensors)
+    for left_out in told_left_out(quantizers.left_out):
+        progress.note(left_out)
     tokens = _tokens(settings, folder, writer, progress)
     _refuse_unknown(tokens, skeleton, folder)
     identity = identify(folder, source, config, skeleton, tokens, progress)

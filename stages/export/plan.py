@@ -95,6 +95,7 @@ def plan_export(settings: ExportSettings, progress: Progress) -> ExportPlan:
         not run.head.finished,
         None if solver is None else solver.id,
         applied.kept_at_one,
+        quantizers.left_out,
     )
     small[REPORT] = report.encode()
     carried = {name: digest(data) for name, data in small.items() if name != REPORT}

@@ -11,11 +11,10 @@ from fnmatch import fnmatchcase
 from stages.export.shards import TensorSpec
 from stages.formats import WeightFormat
 from stages.model.matrices import StoredMatrix
+from stages.recipe.exportable import require_exportable
 from stages.recipe.quantizer_plan import QuantizerPlan
 from state.errors import InputError
 from state.source import TensorEntry
-
-FLOAT_DTYPES = ("BF16", "F16", "F32")
 
 
 @dataclass(frozen=True)
@@ -76,14 +75,7 @@ def plan_units(
     modules_of: dict[str, list[str]] = {}
     for module in sorted(quantizers.weights, key=natural):
         modules_of.setdefault(matrices[module].tensor, []).append(module)
-    read = {name for module in quantizers.weights for name in matrices[module].tensors}
-    missing = sorted(read - tensors.keys())
-    if missing:
-        raise InputError(
-            f"recipe {quantizers.recipe.name!r} quantizes {missing[0]}, which the source checkpoint does not "
-            f"hold under this name ({len(missing)} such); tied weights are not supported yet: choose a "
-            "recipe that leaves them unquantized"
-        )
+    require_exportable(quantizers, matrices, tensors)
     units = []
     for name in sorted(tensors, key=natural):
         entry = tensors[name]
@@ -194,15 +186,7 @@ def natural(name: str) -> list[tuple[int, int, str]]:
 def _quantized_unit(
     module: str, matrix: StoredMatrix, tensors: Mapping[str, TensorEntry], weight: WeightFormat
 ) -> Unit:
-    entry = tensors[matrix.tensor]
-    axes = 2 if matrix.expert is None else 3
-    if (matrix.dequantizer is None and entry.dtype not in FLOAT_DTYPES) or len(entry.shape) != axes:
-        raise InputError(
-            f"{entry.name} is {entry.dtype}{list(entry.shape)}; only matrices in {', '.join(FLOAT_DTYPES)} "
-            "can be quantized"
-        )
     rows, columns = matrix.shape(tensors)
-    weight.refuse(f"{module}.weight", (rows, columns))
     specs = tuple(
         TensorSpec(f"{module}.{leaf}", dtype, shape) for leaf, dtype, shape in weight.stored(rows, columns)
     )

@@ -33,13 +33,14 @@ RECORDS = frozenset(
         "hf_quant_config.json",
         "quantize_config.json",
         "quant_config.json",
+        "README.md",
         "export_report.json",
         "holdfast_export.json",
         "holdfast_journal.jsonl",
         "holdfast_partial.json",
     }
 )
-"""Files that an export writes itself, or that tell how other weights were quantized."""
+"""Files that an export writes itself, or that tell of other weights, such as their model card."""
 NOT_WANTED = tuple(f"*{suffix}" for suffix in WEIGHTS if suffix != ".safetensors")
 """What is not fetched from the hub."""
 

@@ -6,7 +6,6 @@ names are where transformers keeps the same weights, possibly fused
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -17,48 +16,12 @@ from transformers import AutoConfig, PretrainedConfig
 from stages.model.build import build_meta_model
 from stages.model.fused_experts import expert_matrices, fused_hub_name
 from stages.model.matrices import StoredMatrix
+from stages.model.modules import ExpertsModule, LinearModule
 from stages.model.plausible import read_config
 from stages.model.tensor_map import map_tensors, operations
 from state.errors import InputError
 from state.reasons import reason
 from state.source import TensorEntry, weights_file
-
-
-@dataclass(frozen=True)
-class LinearModule:
-    """An `nn.Linear`, or a router with a weight of its own: y = x Wᵀ with W of shape [out_features,
-    in_features].
-    """
-
-    hub: str
-    memory: str
-    in_features: int
-    out_features: int
-
-
-@dataclass(frozen=True)
-class ExpertsModule:
-    """A module that holds all experts of one layer as three-dimensional parameters.
-
-    up: hub leaves whose weights make up the first projection, in the order they are stacked (`gate_proj`,
-    `up_proj`). down: hub leaf of the second projection. fused_on_hub: the hub stores them fused as well,
-    instead of expert by expert. biased: each projection has a bias.
-    """
-
-    hub: str
-    memory: str
-    count: int
-    up: tuple[str, ...]
-    down: str
-    up_parameter: str
-    hidden: int
-    intermediate: int
-    fused_on_hub: bool
-    biased: bool
-
-    def projections(self, expert: int) -> list[str]:
-        """Hub names of one expert's projections, first projection before second."""
-        return [f"{self.hub}.{expert}.{leaf}" for leaf in (*self.up, self.down)]
 
 
 def load_config(folder: Path, trust_remote_code: bool = False) -> PretrainedConfig:

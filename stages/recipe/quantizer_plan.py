@@ -1,5 +1,6 @@
 """The quantizer plan: what a recipe does to a model, as plain data in hub names."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -7,6 +8,22 @@ from stages.formats import WeightFormat
 from stages.recipe.recipes import Recipe
 
 KvFormat = Literal["fp8", "fp8_cast"]
+
+
+MOST_TOLD = 3
+
+
+def told_left_out(left_out: Mapping[str, str]) -> list[str]:
+    """A line for the screen for each reason why modules of a recipe stay as they are, with some of them."""
+    by_reason: dict[str, list[str]] = {}
+    for module, why in left_out.items():
+        by_reason.setdefault(why, []).append(module)
+    return [
+        f"not quantized: {', '.join(modules[:MOST_TOLD])}"
+        + (f" and {len(modules) - MOST_TOLD} more" if len(modules) > MOST_TOLD else "")
+        + f" ({why})"
+        for why, modules in by_reason.items()
+    ]
 
 
 @dataclass(frozen=True)

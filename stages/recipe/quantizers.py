@@ -15,7 +15,8 @@ from torch import nn
 from stages.formats import TABLE, WeightFormat
 from stages.model.build import build_meta_model
 from stages.model.engine_fused import fused_with
-from stages.model.skeleton import ExpertsModule, Skeleton
+from stages.model.modules import ExpertsModule
+from stages.model.skeleton import Skeleton
 from stages.recipe.quantizer_plan import KvFormat, QuantizerPlan
 from stages.recipe.recipes import ALGORITHMS, Recipe
 from state.errors import InputError
@@ -226,8 +227,15 @@ class _PlanReader:
         self.left_out[module] = why
 
     def refuse_unserved(self) -> None:
-        """Raise InputError naming every enabled quantizer that no kept statistic serves."""
+        """Raise InputError naming every enabled quantizer that no kept statistic serves, and where the recipe
+        quantizes K and V and no attention is known to have any.
+        """
         unserved = sorted(self.enabled.keys() - self.served)
+        if not (self.kv or unserved) and any(_asks_for_kv(rule) for rule in self.recipe.quant_cfg):
+            raise InputError(
+                f"recipe {self.recipe.name!r} quantizes KV caches, and modelopt finds no attention in "
+                f"{type(self.skeleton.model).__name__} to do so; choose a recipe that leaves them alone"
+            )
         if unserved:
             shown = ", ".join(unserved[:5]) + (f" and {len(unserved) - 5} more" if len(unserved) > 5 else "")
             raise InputError(
@@ -235,6 +243,11 @@ class _PlanReader:
                 "supported: weights and inputs of linears and experts by max, FP8 K and V caches per tensor, "
                 "without bias or rotation"
             )
+
+
+def _asks_for_kv(rule: dict[str, Any]) -> bool:
+    names = rule.get("quantizer_name", "")
+    return "bmm_quantizer" in names and rule.get("cfg") is not None and rule.get("enable") is not False
 
 
 def _in_sequence(quantizer: Any) -> list[Any]:

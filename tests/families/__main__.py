@@ -9,7 +9,9 @@ import dataclasses
 import hashlib
 import json
 import os
+import shutil
 import sys
+import textwrap
 import time
 import traceback
 from pathlib import Path
@@ -46,13 +48,19 @@ def main() -> int:
     print(f"{len(left)} families in {time.monotonic() - began:.0f} s")
     if set(names) == set(FAMILIES):
         write_table(work, ROOT / "docs" / "families.md")
-    wrong = 0
-    for name in names:
-        for cell in json.loads((work / f"{name}.json").read_text())["cells"]:
-            if cell["verdict"] == "wrong":
-                wrong += 1
-                print(f"wrong: {name}, {cell['column']}, {cell['schedule']}: {'; '.join(cell['said'][:3])}")
+    wrong = [line for name in names for line in wrong_cells(name, work / f"{name}.json")]
+    print("\n".join(wrong))
     return 1 if wrong else 0
+
+
+def wrong_cells(name: str, results: Path) -> list[str]:
+    """What is wrong with a family: each first fault once, with the cells that have it."""
+    cells: dict[str, list[str]] = {}
+    for cell in json.loads(results.read_text())["cells"]:
+        if cell["verdict"] == "wrong":
+            fault = textwrap.shorten(cell["said"][0], 200) + f" (and {len(cell['said']) - 1} more)"
+            cells.setdefault(fault, []).append(f"{cell['column']} {cell['schedule']}")
+    return [f"wrong: {name}: {fault}: {', '.join(where)}" for fault, where in cells.items()]
 
 
 def fork_worker(names: list[str], work: Path, code: str) -> int:
@@ -72,6 +80,8 @@ def fork_worker(names: list[str], work: Path, code: str) -> int:
             ]
         (work / f"{name}.json").write_text(json.dumps({"code": code, "cells": cells}, indent=1))
         verdicts = [cell["verdict"] for cell in cells]
+        if "wrong" not in verdicts:
+            shutil.rmtree(work / name)
         counts = ", ".join(f"{verdicts.count(word)} {word}" for word in dict.fromkeys(verdicts))
         print(f"{name}: {counts} in {time.monotonic() - began:.0f} s", flush=True)
     sys.stdout.flush()

@@ -175,3 +175,18 @@ def pixtral_tower(layout: Layout, prefix: str) -> None:
     layout.linear(f"{layer}.feed_forward.gate_proj", 64, width)
     layout.linear(f"{layer}.feed_forward.up_proj", 64, width)
     layout.linear(f"{layer}.feed_forward.down_proj", width, 64)
+
+
+PIXTRAL = {
+    "model_type": "pixtral",
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "head_dim": 16,
+    "hidden_act": "silu",
+    "image_size": 16,
+    "num_channels": 3,
+    "patch_size": 4,
+    "rope_theta": 10000.0,
+}

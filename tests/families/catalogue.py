@@ -3,7 +3,7 @@
 import functools
 from collections.abc import Callable
 
-from tests.families import deepseek, dense, fused, gemma4, hybrids, mixtures, qwen_vl, wrappers
+from tests.families import deepseek, dense, fp8, fused, gemma4, hybrids, mixtures, newest, qwen_vl, wrappers
 from tests.families.layout import Family
 
 FAMILIES: dict[str, Callable[[], Family]] = {
@@ -43,10 +43,12 @@ FAMILIES: dict[str, Callable[[], Family]] = {
     "falcon-h1": hybrids.falcon_h1,
     "jamba": hybrids.jamba,
     "lfm2-moe": hybrids.lfm2_moe,
-    "gemma-3n-text": hybrids.gemma3n,
+    "gemma-3n-text": gemma4.gemma3n,
     "minimax-m2-fp8": functools.partial(mixtures.minimax_m2, fp8=True),
     "qwen3-moe-fp8": functools.partial(mixtures.qwen3_moe, fp8=True),
-    "llama-3-fp8": mixtures.fp8_per_tensor,
+    "llama-3-fp8-tensor": fp8.llama_fp8,
+    "llama-3-fp8-channel": functools.partial(fp8.llama_fp8, per="channel"),
+    "llama-3-fp8-unmarked": fp8.llama_fp8_unmarked,
     "gpt-oss-bf16": fused.gpt_oss,
     "gpt-oss-mxfp4": functools.partial(fused.gpt_oss, stored=True),
     "granite-moe": fused.granite_moe,
@@ -61,6 +63,10 @@ FAMILIES: dict[str, Callable[[], Family]] = {
     "gemma-3": wrappers.gemma3,
     "gemma-4-26b-a4b": gemma4.gemma4_moe,
     "gemma-4-e2b": gemma4.gemma4_e2b,
+    "gemma-4-unified": newest.gemma4_unified,
+    "mistral-4": newest.mistral4,
+    "minimax-m3": newest.minimax_m3,
+    "deepseek-v4": newest.deepseek_v4,
     "llama-4": wrappers.llama4,
     "deepseek-v2-lite": deepseek.deepseek_v2,
     "deepseek-v3": deepseek.deepseek_v3,

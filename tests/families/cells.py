@@ -1,12 +1,11 @@
 """One family through every recipe and schedule, in forks of a process that has imported everything."""
 
-import dataclasses
 import json
 import pickle
 import shutil
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +13,10 @@ import torch
 
 from tests.crash.server import Ended, call, command
 from tests.families.checkpoint import Checkpoint
-from tests.families.judge import Case, faults, weight_faults
+from tests.families.judge import Asked, Case, faults, folded_input_faults, weight_faults
 from tests.families.layout import Family
 from tests.families.logits import dequantized, distance, logits, write_plain
-from tests.families.replay import Seen, replay
+from tests.families.replay import content, replay
 from tests.families.tokenizer import write_text
 from tests.families.write import write_family
 
@@ -32,21 +31,24 @@ WORSE = 1.3
 
 @dataclass(frozen=True)
 class Column:
-    """One recipe of the table. `solver`: calibration runs once more for it."""
+    """One recipe of the table. Where weights are solved, calibration runs for it."""
 
     title: str
     recipe: str
-    solver: bool = False
-    kv: bool = False
+    asked: Asked = field(default_factory=Asked)
 
 
 COLUMNS = (
     Column("nvfp4", "nvfp4"),
     Column("fp8", "fp8"),
-    Column("FP8 KV", "general/ptq/nvfp4_default-kv_fp8", kv=True),
-    Column("AWQ full", "nvfp4_awq_full", solver=True),
-    Column("GPTQ", "general/ptq/nvfp4_default-kv_none-gptq", solver=True),
+    Column("FP8 KV", "general/ptq/nvfp4_default-kv_fp8", Asked(kv=True)),
+    Column("AWQ full", "nvfp4_awq_full", Asked(solved=True, folded=True)),
+    Column("GPTQ", "general/ptq/nvfp4_default-kv_none-gptq", Asked(solved=True)),
 )
+
+
+WITH_LOGITS = ("nvfp4", "AWQ full", "GPTQ")
+"""Columns whose weights are put back into the class: rounding to nearest, and what is to be no worse."""
 
 
 @dataclass
@@ -60,7 +62,7 @@ class Cell:
     said: list[str]
     seconds: float
     distance: float | None = None
-    folds: dict[str, Any] = dataclasses.field(default_factory=dict)
+    folds: dict[str, Any] = field(default_factory=dict)
 
 
 def run_family(family: Family, folder: Path) -> list[Cell]:
@@ -92,7 +94,7 @@ class Bench:
         first = self._calibrate(run, schedule, "nvfp4")
         for column in COLUMNS:
             ended = first
-            if column.solver and first.code == 0:
+            if column.asked.solved and first.code == 0:
                 ended = self._calibrate(f"{run}-{column.recipe.rpartition('-')[2]}", schedule, column.recipe)
             cells.append(self._cell(column, schedule, run, ended, began))
             began = time.monotonic()
@@ -104,13 +106,17 @@ class Bench:
 
     def _cell(self, column: Column, schedule: str, run: str, ended: Ended, began: float) -> Cell:
         out = f"{schedule}-{column.title.replace(' ', '-')}"
-        if column.solver:
+        if column.asked.solved:
             run = f"{run}-{column.recipe.rpartition('-')[2]}"
+        late = (self.folder / run).exists()
         if ended.code == 0:
+            late = column.asked.solved or column is COLUMNS[0]
             ended = self._command(["export", run, out, "--recipe", column.recipe])
         cell = Cell(column.title, schedule, "works", [], 0.0)
         if ended.code == 2 and "Traceback" not in ended.output:
             cell.verdict, cell.said = "refused", [reason(ended.output)]
+            if late:
+                cell.verdict, cell.said = "wrong", [f"refused after work was done: {cell.said[0]}"]
         elif ended.code != 0:
             cell.verdict, cell.said = "wrong", [f"exit {ended.code}: {ended.output[-600:]}"]
         else:
@@ -120,17 +126,32 @@ class Bench:
 
     def _judge(self, column: Column, out: str, cell: Cell) -> None:
         export = Checkpoint.read(self.folder / out)
-        cell.said = faults(self.case(), export, column.solver, column.kv)
-        whole = not any(weight_faults(self.case(), export, column.solver))
-        if whole and column.title in ("nvfp4", "AWQ full", "GPTQ"):
-            cell.distance = self._distance(export, out)
-            if column.title == "nvfp4":
-                self._rounded = cell.distance
-            elif self._rounded is not None and not cell.distance <= WORSE * self._rounded:
-                cell.said.append(f"logits are off by {cell.distance:.4f}, rounding by {self._rounded:.4f}")
+        cell.said = faults(self.case(), export, column.asked)
+        whole = not any(weight_faults(self.case(), export, column.asked))
+        if whole and column.title in WITH_LOGITS:
+            self._judge_loaded(column, export, out, cell)
+        if self.family.stored != "plain" and cell.schedule == SCHEDULES[0] and whole:
+            cell.said += self._copy_faults(column, export)
         cell.folds = folds(self.folder / out / "export_report.json")
         if cell.said:
             cell.verdict = "wrong"
+
+    def _copy_faults(self, column: Column, export: Checkpoint) -> list[str]:
+        """What differs from the export of a copy of the source that was dequantized beforehand."""
+        run, out = f"copy-run-{column.title}", f"copy-{column.title}"
+        for arguments in (
+            ["calibrate", "plain", "text.jsonl", run, "--recipe", column.recipe, *SIZES],
+            ["export", run, out, "--recipe", column.recipe],
+        ):
+            ended = self._command(arguments)
+            if ended.code != 0:
+                return [f"the dequantized copy: exit {ended.code}: {ended.output[-300:]}"]
+        copy = Checkpoint.read(self.folder / out).tensors
+        return [
+            f"{name} is not that of the dequantized copy"
+            for name in sorted(set(copy) | set(export.tensors))
+            if not same(copy.get(name), export.tensors.get(name))
+        ]
 
     def case(self) -> Case:
         """What to judge by, from an own forward over an own reading of the text."""
@@ -139,7 +160,7 @@ class Bench:
                 lambda: replay(self.family, self.weights, self.plain, list(self.windows().split(BATCH))),
                 self.folder / "seen.pickle",
             )
-            self._case = Case(self.family, self.weights, self.source, Seen(**seen.__dict__))
+            self._case = Case(self.family, self.weights, self.source, seen)
         return self._case
 
     def windows(self) -> torch.Tensor:
@@ -152,20 +173,30 @@ class Bench:
             ids += [*tokenizer(json.loads(line)["text"])["input_ids"], tokenizer.eos_token_id]
         return torch.tensor(ids[: SAMPLES * SEQ]).reshape(SAMPLES, SEQ)
 
-    def _distance(self, export: Checkpoint, out: str) -> float:
+    def _judge_loaded(self, column: Column, export: Checkpoint, out: str, cell: Cell) -> None:
+        """Put the export's weights back into the class, and compare logits and, where scales were folded,
+        inputs."""
         folder = self.folder / f"{out}-loaded"
-        write_plain(self.family, self.source, dequantized(self.family, self.weights, export), folder)
+        weights = dequantized(self.family, self.weights, export)
+        write_plain(self.family, self.source, weights, folder)
+        windows = self.windows()
         if self._wanted is None:
             self._wanted = forked(
-                lambda: logits(self.family, self.plain, self.windows()), self.folder / "wanted.pickle"
+                lambda: logits(self.family, self.plain, windows), self.folder / "wanted.pickle"
             )
-        wanted = self._wanted
-        far: float = forked(
-            lambda: distance(logits(self.family, folder, self.windows()), wanted),
-            self.folder / f"{out}.pickle",
-        )
+        found = forked(lambda: logits(self.family, folder, windows), self.folder / f"{out}.pickle")
+        cell.distance = distance(found, self._wanted)
+        if column.title == "nvfp4":
+            self._rounded = cell.distance
+        elif self._rounded is not None and not cell.distance <= WORSE * self._rounded:
+            cell.said.append(f"logits are off by {cell.distance:.4f}, rounding by {self._rounded:.4f}")
+        if column.asked.folded:
+            seen = forked(
+                lambda: replay(self.family, weights, folder, [windows], torch.float32),
+                self.folder / f"{out}-seen.pickle",
+            )
+            cell.said += folded_input_faults(self.case(), export, seen)
         shutil.rmtree(folder)
-        return far
 
     def _command(self, arguments: list[str]) -> Ended:
         log = self.folder / f"{len(list(self.folder.glob('*.log'))):02}.log"
@@ -192,6 +223,13 @@ def forked(work: Callable[[], Any], file: Path) -> Any:
     if ended.code != 0:
         raise RuntimeError(f"an own forward ended with {ended.code}: {ended.output[-600:]}")
     return pickle.loads(file.read_bytes())
+
+
+def same(one: torch.Tensor | None, other: torch.Tensor | None) -> bool:
+    """Whether two tensors are there and equal to the bit."""
+    if one is None or other is None or one.dtype != other.dtype or one.shape != other.shape:
+        return False
+    return content(one.reshape(-1)) == content(other.reshape(-1))
 
 
 def renew_threads() -> None:

@@ -45,11 +45,11 @@ def gpt_oss(stored: bool = False) -> Family:
         },
     )
     if not stored:
-        return Family("gpt-oss-bf16", config, layout)
+        return Family("gpt-oss-bf16", config, layout, loading_shown=False)
     kept = ["model.layers.*.self_attn", "model.layers.*.mlp.router", "model.embed_tokens", "lm_head"]
     config["quantization_config"] = {"quant_method": "mxfp4", "modules_to_not_convert": kept}
     matrices = ("*.mlp.experts.gate_up_proj", "*.mlp.experts.down_proj")
-    return Family("gpt-oss-mxfp4", config, layout, stored="mxfp4", quantized=matrices)
+    return Family("gpt-oss-mxfp4", config, layout, stored="mxfp4", quantized=matrices, loading_shown=False)
 
 
 def granite_moe() -> Family:

@@ -1,7 +1,17 @@
-"""Gemma 4 as Google ships it: a mixture with fused experts, and one whose last layers share K and V."""
+"""Gemma 4 as Google ships it, a mixture and one whose last layers share K and V; and Gemma 3n, its elder."""
 
-from tests.families.blocks import EXPERT_WIDTH, EXPERTS, HIDDEN, ends, fused_experts, mlp, norms
-from tests.families.configs import PREPROCESSOR, Config, sizes, wrapper
+from tests.families.blocks import (
+    EXPERT_WIDTH,
+    EXPERTS,
+    HIDDEN,
+    VOCABULARY,
+    attention,
+    ends,
+    fused_experts,
+    mlp,
+    norms,
+)
+from tests.families.configs import PREPROCESSOR, Config, causal, sizes, wrapper
 from tests.families.layout import Family, Layout
 
 
@@ -152,3 +162,50 @@ def gemma4_text_layers(layout: Layout, prefix: str, *, moe: bool) -> None:
             layout.vector(f"{here}.router.scale", HIDDEN, around=1.0)
             layout.vector(f"{here}.router.per_expert_scale", EXPERTS, around=1.0)
             fused_experts(layout, f"{here}.experts")
+
+
+def gemma3n() -> Family:
+    """Gemma 3n's language model: AltUp, LAuReL, embeddings per layer, layers that share K and V."""
+    layout = Layout()
+    ends(layout, head=None)
+    layout.embedding("model.embed_tokens_per_layer", VOCABULARY, 4 * 16)
+    layout.linear("model.per_layer_model_projection", 4 * 16, HIDDEN)
+    layout.norm("model.per_layer_projection_norm", 16)
+    for number in range(1):
+        layout.linear(f"model.altup_projections.{number}", HIDDEN, HIDDEN)
+        layout.linear(f"model.altup_unembed_projections.{number}", HIDDEN, HIDDEN)
+    for layer in range(4):
+        prefix = f"model.layers.{layer}"
+        for name in ("input", "post_attention", "pre_feedforward", "post_feedforward"):
+            norms(layout, prefix, f"{name}_layernorm")
+        norms(layout, prefix, "post_per_layer_input_norm", "laurel.post_laurel_norm", "altup.router_norm")
+        attention(layout, f"{prefix}.self_attn", head_norms=1.0)
+        mlp(layout, f"{prefix}.mlp")
+        layout.vector(f"{prefix}.altup.correct_output_scale", HIDDEN, around=1.0)
+        layout.linear(f"{prefix}.altup.correction_coefs", 2, 2)
+        layout.linear(f"{prefix}.altup.prediction_coefs", 4, 2)
+        layout.linear(f"{prefix}.altup.modality_router", 2, HIDDEN)
+        layout.linear(f"{prefix}.laurel.linear_left", 16, HIDDEN)
+        layout.linear(f"{prefix}.laurel.linear_right", HIDDEN, 16)
+        layout.linear(f"{prefix}.per_layer_input_gate", 16, HIDDEN)
+        layout.linear(f"{prefix}.per_layer_projection", HIDDEN, 16)
+    config = causal("gemma3n_text", "Gemma3nForCausalLM", 4) | {
+        "hidden_activation": "gelu_pytorch_tanh",
+        "activation_sparsity_pattern": [0.0] * 4,
+        "altup_num_inputs": 2,
+        "final_logit_softcapping": 30.0,
+        "hidden_size_per_layer_input": 16,
+        "vocab_size_per_layer_input": VOCABULARY,
+        "intermediate_size": [96] * 4,
+        "laurel_rank": 16,
+        "layer_types": ["sliding_attention", "full_attention"] * 2,
+        "num_kv_shared_layers": 2,
+        "rope_local_base_freq": 10000.0,
+        "sliding_window": 16,
+        "tie_word_embeddings": True,
+    }
+    del config["hidden_act"]
+    shared = tuple(
+        f"model.layers.{layer}.self_attn.{name}.*" for layer in (2, 3) for name in ("[kv]_proj", "k_norm")
+    )
+    return Family("gemma-3n-text", config, layout, unbuilt=shared)

@@ -87,12 +87,16 @@ class Family:
 
     `unbuilt` are patterns of names that transformers' class never makes (fnmatch). `stored` says how matrices
     lie in the file where that is not the model's dtype; `quantized` are patterns of those that it concerns.
+    `loading_shown`: there is evidence of an engine that loads such an export. `runs`: transformers' class
+    computes a forward in bfloat16.
     """
 
     name: str
     config: dict[str, Any]
     layout: Layout
     unbuilt: tuple[str, ...] = ()
-    stored: Literal["plain", "fp8_block", "fp8_tensor", "mxfp4", "int4"] = "plain"
+    stored: Literal["plain", "fp8_block", "fp8_tensor", "fp8_channel", "mxfp4", "int4"] = "plain"
     quantized: tuple[str, ...] = ()
     files: dict[str, str] = field(default_factory=dict)
+    loading_shown: bool = True
+    runs: bool = True

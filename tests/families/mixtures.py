@@ -261,22 +261,3 @@ def glm4_flash() -> Family:
         "mlp_layer_types": ["dense", "sparse"],
     }
     return Family("glm-4.7-flash", config, layout, unbuilt=("model.layers.2.*",))
-
-
-def fp8_per_tensor() -> Family:
-    """A Llama in compressed-tensors' FP8, one scale a matrix."""
-    from tests.families.dense import llama
-
-    family = llama()
-    weights = {"num_bits": 8, "type": "float", "symmetric": True, "strategy": "tensor", "dynamic": False}
-    group = {"targets": ["Linear"], "weights": weights, "input_activations": None, "output_activations": None}
-    config = family.config | {
-        "quantization_config": {
-            "quant_method": "compressed-tensors",
-            "format": "naive-quantized",
-            "quantization_status": "compressed",
-            "config_groups": {"group_0": group},
-            "ignore": ["lm_head"],
-        }
-    }
-    return Family("llama-3-fp8", config, family.layout, (), "fp8_tensor", ("*_proj.weight",))

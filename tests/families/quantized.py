@@ -18,9 +18,14 @@ class Stored:
 
 def store(form: str, name: str, value: torch.Tensor) -> Stored:
     """A matrix in the form of the checkpoint. `name` ends in `.weight` but for experts that gpt-oss fuses."""
-    return {"fp8_block": _fp8_block, "fp8_tensor": _fp8_tensor, "mxfp4": _mxfp4, "int4": _int4}[form](
-        name, value
-    )
+    forms = {
+        "fp8_block": _fp8_block,
+        "fp8_tensor": _fp8_tensor,
+        "fp8_channel": _fp8_channel,
+        "mxfp4": _mxfp4,
+        "int4": _int4,
+    }
+    return forms[form](name, value)
 
 
 def _fp8_block(name: str, value: torch.Tensor, side: int = 128) -> Stored:
@@ -44,6 +49,14 @@ def _fp8_tensor(name: str, value: torch.Tensor) -> Stored:
     scale = (value.float().abs().max() / FP8_LARGEST).reshape(1)
     codes = (value.float() / scale).to(torch.float8_e4m3fn)
     return Stored({name: codes, f"{name}_scale": scale}, (codes.float() * scale).to(torch.bfloat16))
+
+
+def _fp8_channel(name: str, value: torch.Tensor) -> Stored:
+    """e4m3 codes and a bfloat16 scale [rows, 1], as compressed-tensors has them per channel."""
+    scale = (value.float().abs().amax(1, keepdim=True) / FP8_LARGEST).to(torch.bfloat16)
+    codes = (value.float() / scale.float()).clamp(-FP8_LARGEST, FP8_LARGEST).to(torch.float8_e4m3fn)
+    meaning = codes.float() * scale.float()
+    return Stored({name: codes, f"{name}_scale": scale}, meaning.to(torch.bfloat16))
 
 
 def _mxfp4(name: str, value: torch.Tensor) -> Stored:

@@ -112,11 +112,15 @@ def content(matrix: torch.Tensor) -> bytes:
 
 
 def replay(
-    family: Family, weights: dict[str, torch.Tensor], plain: Path, batches: list[torch.Tensor]
+    family: Family,
+    weights: dict[str, torch.Tensor],
+    folder: Path,
+    batches: list[torch.Tensor],
+    dtype: torch.dtype = torch.bfloat16,
 ) -> Seen:
-    """Run the batches through transformers' own class. `plain` is the folder of the source's meaning, without
-    quantization."""
-    model = load(family, plain, torch.bfloat16)
+    """Run the batches through transformers' own class. `folder` holds the weights in the hub's layout,
+    without quantization."""
+    model = load(family, folder, dtype)
     known = {}
     for found in matrices(family, weights).values():
         for matrix in found:

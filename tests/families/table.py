@@ -1,11 +1,15 @@
 """docs/families.md, from the results."""
 
 import json
+import re
+import textwrap
 from pathlib import Path
 from typing import Any
 
 from tests.families.catalogue import FAMILIES
 from tests.families.cells import COLUMNS, SCHEDULES
+
+LONGEST = 200  # characters of a reason
 
 HEAD = """# Families
 
@@ -25,29 +29,36 @@ def write_table(work: Path, file: Path) -> None:
     rows = []
     for name in FAMILIES:
         cells = json.loads((work / f"{name}.json").read_text())["cells"]
-        rows.append([name, *(entry(column.title, cells, reasons) for column in COLUMNS)])
+        shown = FAMILIES[name]().loading_shown
+        rows.append([name, *(entry(column.title, cells, reasons, shown) for column in COLUMNS)])
     titles = ["family", *(column.title for column in COLUMNS)]
     lines = [HEAD, "| " + " | ".join(titles) + " |", "|" + "---|" * len(titles)]
     lines += ["| " + " | ".join(row) + " |" for row in rows]
     lines += ["", *(f"{number}. {text}" for text, number in reasons.items())]
-    file.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    file.write_text("\n".join(lines).rstrip() + "\n", encoding="utf-8")
 
 
-def entry(column: str, cells: list[dict[str, Any]], reasons: dict[str, int]) -> str:
+def entry(column: str, cells: list[dict[str, Any]], reasons: dict[str, int], shown: bool) -> str:
     """One entry: the verdict, for each schedule where they differ."""
     said = {}
     for schedule in SCHEDULES:
         found = [cell for cell in cells if (cell["column"], cell["schedule"]) == (column, schedule)]
-        said[schedule] = verdict(found[0], reasons) if found else "not run"
+        said[schedule] = verdict(found[0], reasons, shown) if found else "not run"
     if len(set(said.values())) == 1:
         return said[SCHEDULES[0]]
     return ", ".join(f"{schedule}: {text}" for schedule, text in said.items())
 
 
-def verdict(cell: dict[str, Any], reasons: dict[str, int]) -> str:
+def verdict(cell: dict[str, Any], reasons: dict[str, int], shown: bool) -> str:
     """The verdict of a cell, with the number of its reason."""
     if cell["verdict"] == "works":
-        return "works"
-    text = cell["said"][0]
-    number = reasons.setdefault(text, len(reasons) + 1)
+        return "works" if shown else "exported, loading not shown"
+    number = reasons.setdefault(few_words(cell["said"][0]), len(reasons) + 1)
     return f"{cell['verdict']} ({number})"
+
+
+def few_words(said: str) -> str:
+    """A reason without the numbers of layers and the recipe's name, cut where it gets long."""
+    general = re.sub(r"(?<=\.)\d+(?=\.)", "N", re.sub(r"recipe '[^']+'", "the recipe", said))
+    general = re.sub(r"(?:, [\w.]+_quantizer)+", " ...", general)
+    return textwrap.shorten(general, LONGEST, placeholder=" ...")

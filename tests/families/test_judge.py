@@ -10,7 +10,7 @@ import torch
 from tests.families.catalogue import FAMILIES
 from tests.families.checkpoint import FP4, Checkpoint
 from tests.families.expected import joined, matrices, split
-from tests.families.judge import Case, faults
+from tests.families.judge import Asked, Case, faults
 from tests.families.layout import Fused
 from tests.families.replay import Seen
 from tests.families.write import write_family
@@ -32,20 +32,20 @@ def case(tmp_path: Path) -> Case:
 def export(case: Case) -> Checkpoint:
     """A right NVFP4 export of the case, rounded to nearest here."""
     tensors, exclude = {}, []
+    second = max(value.float().abs().max() for value in case.weights.values()) / (6 * 448)
     for name, value in case.weights.items():
         module = name.removesuffix(".weight")
         if case.family.layout.tensors[name].kind != "linear" or module.endswith(KEPT):
             tensors[name] = value
             exclude += [module] if case.family.layout.tensors[name].kind == "linear" else []
             continue
-        tensors |= _rounded(module, value)
+        tensors |= _rounded(module, value, second)
     config = json.loads((case.source / "config.json").read_text())
     config["quantization_config"] = {"ignore": exclude}
     return Checkpoint(case.source, tensors, config, exclude)
 
 
-def _rounded(module: str, value: torch.Tensor) -> dict[str, torch.Tensor]:
-    second = value.float().abs().max() / (6 * 448)
+def _rounded(module: str, value: torch.Tensor, second: torch.Tensor) -> dict[str, torch.Tensor]:
     blocks = value.float().reshape(value.shape[0], -1, 16)
     scale = (blocks.abs().amax(-1) / 6 / second).to(torch.float8_e4m3fn)
     scaled = blocks / (scale.float() * second)[..., None]
@@ -59,7 +59,7 @@ def _rounded(module: str, value: torch.Tensor) -> dict[str, torch.Tensor]:
 
 
 def test_a_right_export_has_no_fault(case: Case, export: Checkpoint) -> None:
-    assert faults(case, export, solved=False, kv=False) == []
+    assert faults(case, export, Asked()) == []
 
 
 def _lose(export: Checkpoint) -> None:
@@ -109,6 +109,19 @@ def _unasked(export: Checkpoint) -> None:
     export.tensors["model.layers.0.self_attn.k_proj.k_scale"] = torch.tensor(1.0)
 
 
+def _half_quantized(export: Checkpoint) -> None:
+    module = "model.layers.0.self_attn.k_proj"
+    export.tensors = {name: value for name, value in export.tensors.items() if not name.startswith(module)}
+    export.tensors[f"{module}.weight"] = torch.zeros(32, 64, dtype=torch.bfloat16)
+    export.exclude.append(module)
+
+
+def _other_second_scale(export: Checkpoint) -> None:
+    for name, factor in (("weight_scale_2", 2), ("weight_scale", 0.5)):
+        key = f"model.layers.0.self_attn.k_proj.{name}"
+        export.tensors[key] = (export.tensors[key].float() * factor).to(export.tensors[key].dtype)
+
+
 def _lose_key(export: Checkpoint) -> None:
     del export.config["rope_theta"]
 
@@ -127,6 +140,8 @@ def _lose_key(export: Checkpoint) -> None:
         (_not_excluded, "lm_head is unquantized and not excluded"),
         (_excluded, "model.layers.0.self_attn.q_proj is quantized and excluded by"),
         (_unasked, "model.layers.0.self_attn.k_proj.k_scale is not asked for"),
+        (_half_quantized, "of model.layers.0.self_attn.q_proj, model.layers.0.self_attn.k_proj"),
+        (_other_second_scale, "model.layers.0.self_attn.q_proj, model.layers.0.self_attn.k_proj"),
         (_lose_key, "config.json: rope_theta was 50000.0, is None"),
     ],
 )
@@ -135,13 +150,13 @@ def test_each_harm_is_found(
 ) -> None:
     harm(export)
 
-    found = faults(case, export, solved=False, kv=False)
+    found = faults(case, export, Asked())
 
     assert any(fault.startswith(said) for fault in found), found
 
 
 def test_missing_k_and_v_scales_are_found(case: Case, export: Checkpoint) -> None:
-    assert faults(case, export, solved=False, kv=True) == [
+    assert faults(case, export, Asked(kv=True)) == [
         "layer 0 has no k_scale",
         "layer 1 has no k_scale",
         "layer 0 has no v_scale",

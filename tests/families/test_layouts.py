@@ -31,6 +31,8 @@ def test_every_parameter_of_the_class_is_written_and_nothing_else(name: str, tmp
     assert not [
         key for key in info["unexpected_keys"] if not any(fnmatch.fnmatchcase(key, p) for p in family.unbuilt)
     ]
+    if not family.runs:
+        return
     with torch.no_grad():
         logits = model(input_ids=torch.arange(1, 33)[None], use_cache=False).logits
     assert torch.isfinite(logits).all()

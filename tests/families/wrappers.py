@@ -5,6 +5,7 @@ from tests.families.blocks import (
     EXPERTS,
     HIDDEN,
     LATENT,
+    PIXTRAL,
     QUERIES,
     attention,
     ends,
@@ -50,19 +51,6 @@ def mistral3(ministral: bool = False) -> Family:
         }
     else:
         text["rope_theta"] = 1000000000.0
-    vision = {
-        "model_type": "pixtral",
-        "hidden_size": 32,
-        "intermediate_size": 64,
-        "num_hidden_layers": 1,
-        "num_attention_heads": 2,
-        "head_dim": 16,
-        "hidden_act": "silu",
-        "image_size": 16,
-        "num_channels": 3,
-        "patch_size": 4,
-        "rope_theta": 10000.0,
-    }
     more = {
         "image_token_index": 380,
         "multimodal_projector_bias": False,
@@ -70,7 +58,7 @@ def mistral3(ministral: bool = False) -> Family:
         "spatial_merge_size": 2,
         "vision_feature_layer": -1,
     }
-    config = wrapper("mistral3", "Mistral3ForConditionalGeneration", text, vision, **more)
+    config = wrapper("mistral3", "Mistral3ForConditionalGeneration", text, PIXTRAL, **more)
     files = PREPROCESSOR | {"tekken.json": '{"config": {"pattern": "x"}, "vocab": []}\n'}
     return Family("ministral-3" if ministral else "mistral-3", config, layout, files=files)
 
@@ -166,7 +154,7 @@ def llama4() -> Family:
     }
     more = {"image_token_index": 380, "boi_token_index": 378, "eoi_token_index": 379}
     config = wrapper("llama4", "Llama4ForConditionalGeneration", text, vision, **more)
-    return Family("llama-4", config, layout, files=PREPROCESSOR)
+    return Family("llama-4", config, layout, files=PREPROCESSOR, loading_shown=False)
 
 
 def kimi_k2_5() -> Family:

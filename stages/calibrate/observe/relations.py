@@ -82,7 +82,7 @@ def probe(skeleton: Skeleton, model: PreTrainedModel) -> Probe:
         with (
             torch.inference_mode(),
             without_logits(model),
-            observed_attention(model, key_value),
+            observed_attention(key_value),
             _shapes_only(model),
         ):
             # With an explicit mask transformers doesn't search the positions for packed documents.
