@@ -16,6 +16,7 @@ from stages.export.shards import index
 from stages.export.tensors import Ingredients
 from stages.export.unify import Policies
 from stages.export.units import Shard, assign_shards, check_engine_rules, check_widths, plan_units
+from stages.model.dequantize.source import open_source, told_of_quantized
 from stages.model.folder import locate
 from stages.model.matrices import StoredMatrix
 from stages.model.weights import TORCH_DTYPES
@@ -56,7 +57,9 @@ def plan_export(settings: ExportSettings, progress: Progress) -> ExportPlan:
         None if settings.model else run.record.source.revision,
     )
     folder = locate(model, revision, progress)
-    source = Source.open(folder)
+    source = open_source(folder)
+    for note in told_of_quantized(source):
+        progress.note(note)
     require_same_shapes(source, run.record)
     plan = _model_plan(settings, run, folder, source)
     require_same_config(folder, plan.config, run.record)
@@ -85,7 +88,7 @@ def plan_export(settings: ExportSettings, progress: Progress) -> ExportPlan:
     )
     shards = assign_shards(units, settings.shard_size)
     small = _small_files(folder, plan.files[applied.scales], shards)
-    source_bytes = sum(entry.nbytes for entry in source.tensors.values())
+    source_bytes = sum(entry.nbytes for entry in source.stored.values())
     report = describe(
         _public_name(recipe),
         shards,
@@ -95,6 +98,7 @@ def plan_export(settings: ExportSettings, progress: Progress) -> ExportPlan:
         not run.head.finished,
         None if solver is None else solver.id,
         applied.kept_at_one,
+        source.quantized,
     )
     small[REPORT] = report.encode()
     carried = {name: digest(data) for name, data in small.items() if name != REPORT}

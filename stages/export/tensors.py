@@ -64,11 +64,11 @@ class TensorMaker:
         return raw_bytes(self.pending.pop(spec.name))
 
     def _check(self, names: Iterable[str]) -> None:
-        """Compare tensors that have been copied with what the run recorded of them: what is written to the
-        file from here on is not in the copies.
+        """Compare what the files hold of tensors that have been copied with what the run recorded of it: what
+        is written to them from here on is not in the copies.
         """
         source, digests = self.ingredients.source, self.ingredients.digests
-        for name in names:
+        for name in (held for given in names for held in source.made_from(given)):
             found = source.digest(name)
             if found != digests.get(name):
                 refuse_other_tensors(source, digests, source.digests(threads=2) | {name: found})
@@ -91,7 +91,7 @@ class TensorMaker:
         solved = self.ingredients.solved
         rounded = solved.rounded(module, leaf) if solved is not None else None
         if rounded is not None:
-            self._check(matrix.tensors)
+            self._check([matrix.tensor])
             return {f"{module}.{leaf}": rounded}
         weight = self._weight(module, matrix)
         block_amax = solved.block_amax(module) if solved is not None else None
@@ -108,7 +108,7 @@ class TensorMaker:
         """The weight as it is to be packed."""
         name, given = f"{module}.weight", self.ingredients
         stored_weight = matrix.read(given.source)
-        self._check(matrix.tensors)
+        self._check([matrix.tensor])
         weight = stored_weight.to(given.rescaling.dtype)
         largest = largest_magnitude(weight.reshape(-1))
         recorded = given.weight_amax[module]

@@ -20,6 +20,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, Pre
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
+from stages.model.dequantize.stated import without_quantization
 from stages.model.matrices import StoredMatrix
 from stages.model.plausible import read_config
 from state.errors import InputError
@@ -76,18 +77,6 @@ def load_config(folder: Path, trust_remote_code: bool = False) -> PretrainedConf
         ) from error
 
 
-def refuse_quantized(config: PretrainedConfig, folder: Path) -> None:
-    """Raise InputError when the source checkpoint is quantized already."""
-    stored = getattr(config, "quantization_config", None)
-    if stored is None:
-        return
-    method = stored.get("quant_method") if isinstance(stored, dict) else getattr(stored, "quant_method", None)
-    raise InputError(
-        f"{folder} is already quantized (quantization_config.quant_method is {method!r}); "
-        "give the unquantized model it was made from as MODEL"
-    )
-
-
 def refuse_other_weights(config: PretrainedConfig, folder: Path) -> None:
     """Raise InputError where the configuration has transformers take the weights from another file than the
     one that is read and digested here.
@@ -106,7 +95,8 @@ class Skeleton:
     """A model on the meta device and the names of its parts.
 
     Args:
-        config: the model's configuration; it is copied, since building a model writes to it.
+        config: the model's configuration; it is copied, since building a model writes to it, without what it
+            says of quantization: the tensors are plain (stages/model/dequantize).
         tensor_names: every tensor name of the hub checkpoint.
     Raises InputError when transformers can't build a causal language model from the configuration.
     """
@@ -114,7 +104,7 @@ class Skeleton:
     def __init__(
         self, config: PretrainedConfig, tensor_names: Iterable[str], trust_remote_code: bool = False
     ) -> None:
-        self.config = type(config).from_dict(config.to_dict())
+        self.config = type(config).from_dict(without_quantization(config.to_dict()))
         self.model = build_meta_model(self.config, trust_remote_code)
         self.parameter_of = map_tensors(self.model, tensor_names)
 

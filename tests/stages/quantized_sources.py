@@ -1,0 +1,219 @@
+"""Tiny checkpoints as the hub has them, written by hand in hub names: quantized, and the same weights plain.
+
+What a quantized tensor stands for is computed here by loops of its own, not by the product.
+"""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from tests.stages.export.support import make_tokenizer
+
+Tensors = dict[str, Tensor]
+Quantize = Callable[[str, Tensor], tuple[Tensors, Tensor]]
+"""Name and weight → what is stored for it, and the weight that this stands for."""
+
+DEEPSEEK_V3: dict[str, Any] = {
+    "architectures": ["DeepseekV3ForCausalLM"],
+    "model_type": "deepseek_v3",
+    "attention_bias": False,
+    "first_k_dense_replace": 1,
+    "hidden_act": "silu",
+    "hidden_size": 160,
+    "intermediate_size": 272,
+    "kv_lora_rank": 32,
+    "max_position_embeddings": 128,
+    "moe_intermediate_size": 144,
+    "n_group": 2,
+    "n_routed_experts": 4,
+    "n_shared_experts": 1,
+    "norm_topk_prob": True,
+    "num_attention_heads": 4,
+    "num_experts_per_tok": 2,
+    "num_hidden_layers": 2,
+    "num_key_value_heads": 4,
+    "num_nextn_predict_layers": 1,
+    "q_lora_rank": 48,
+    "qk_nope_head_dim": 32,
+    "qk_rope_head_dim": 16,
+    "rms_norm_eps": 1e-6,
+    "rope_theta": 10000,
+    "routed_scaling_factor": 2.5,
+    "scoring_func": "sigmoid",
+    "tie_word_embeddings": False,
+    "topk_group": 1,
+    "topk_method": "noaux_tc",
+    "torch_dtype": "bfloat16",
+    "v_head_dim": 32,
+    "vocab_size": 128,
+}
+
+QWEN3_MOE: dict[str, Any] = {
+    "architectures": ["Qwen3MoeForCausalLM"],
+    "model_type": "qwen3_moe",
+    "decoder_sparse_step": 1,
+    "head_dim": 32,
+    "hidden_size": 160,
+    "intermediate_size": 272,
+    "max_position_embeddings": 128,
+    "mlp_only_layers": [],
+    "moe_intermediate_size": 144,
+    "norm_topk_prob": True,
+    "num_attention_heads": 4,
+    "num_experts": 4,
+    "num_experts_per_tok": 2,
+    "num_hidden_layers": 2,
+    "num_key_value_heads": 2,
+    "rms_norm_eps": 1e-6,
+    "rope_theta": 1000000.0,
+    "tie_word_embeddings": False,
+    "torch_dtype": "bfloat16",
+    "vocab_size": 128,
+}
+
+
+def deepseek_v3_shapes(config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
+    """Name → shape, with one layer for multi-token prediction behind the last."""
+    hidden, heads = config["hidden_size"], config["num_attention_heads"]
+    nope, rope, value = config["qk_nope_head_dim"], config["qk_rope_head_dim"], config["v_head_dim"]
+    layers = config["num_hidden_layers"]
+    shapes: dict[str, tuple[int, ...]] = {
+        "model.embed_tokens.weight": (config["vocab_size"], hidden),
+        "model.norm.weight": (hidden,),
+        "lm_head.weight": (config["vocab_size"], hidden),
+        f"model.layers.{layers}.eh_proj.weight": (hidden, 2 * hidden),
+        f"model.layers.{layers}.enorm.weight": (hidden,),
+        f"model.layers.{layers}.hnorm.weight": (hidden,),
+        f"model.layers.{layers}.shared_head.norm.weight": (hidden,),
+        f"model.layers.{layers}.shared_head.head.weight": (config["vocab_size"], hidden),
+    }
+    for layer in range(layers + config["num_nextn_predict_layers"]):
+        at = f"model.layers.{layer}"
+        shapes |= {
+            f"{at}.input_layernorm.weight": (hidden,),
+            f"{at}.post_attention_layernorm.weight": (hidden,),
+            f"{at}.self_attn.q_a_proj.weight": (config["q_lora_rank"], hidden),
+            f"{at}.self_attn.q_a_layernorm.weight": (config["q_lora_rank"],),
+            f"{at}.self_attn.q_b_proj.weight": (heads * (nope + rope), config["q_lora_rank"]),
+            f"{at}.self_attn.kv_a_proj_with_mqa.weight": (config["kv_lora_rank"] + rope, hidden),
+            f"{at}.self_attn.kv_a_layernorm.weight": (config["kv_lora_rank"],),
+            f"{at}.self_attn.kv_b_proj.weight": (heads * (nope + value), config["kv_lora_rank"]),
+            f"{at}.self_attn.o_proj.weight": (hidden, heads * value),
+        }
+        if layer < config["first_k_dense_replace"]:
+            shapes |= mlp(f"{at}.mlp", hidden, config["intermediate_size"])
+            continue
+        shapes |= {
+            f"{at}.mlp.gate.weight": (config["n_routed_experts"], hidden),
+            f"{at}.mlp.gate.e_score_correction_bias": (config["n_routed_experts"],),
+        }
+        for expert in [f"experts.{number}" for number in range(config["n_routed_experts"])]:
+            shapes |= mlp(f"{at}.mlp.{expert}", hidden, config["moe_intermediate_size"])
+        shapes |= mlp(f"{at}.mlp.shared_experts", hidden, config["moe_intermediate_size"])
+    return shapes
+
+
+def qwen3_moe_shapes(config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
+    """Name → shape."""
+    hidden, head = config["hidden_size"], config["head_dim"]
+    queries, keys = config["num_attention_heads"] * head, config["num_key_value_heads"] * head
+    shapes: dict[str, tuple[int, ...]] = {
+        "model.embed_tokens.weight": (config["vocab_size"], hidden),
+        "model.norm.weight": (hidden,),
+        "lm_head.weight": (config["vocab_size"], hidden),
+    }
+    for layer in range(config["num_hidden_layers"]):
+        at = f"model.layers.{layer}"
+        shapes |= {
+            f"{at}.input_layernorm.weight": (hidden,),
+            f"{at}.post_attention_layernorm.weight": (hidden,),
+            f"{at}.self_attn.q_proj.weight": (queries, hidden),
+            f"{at}.self_attn.k_proj.weight": (keys, hidden),
+            f"{at}.self_attn.v_proj.weight": (keys, hidden),
+            f"{at}.self_attn.o_proj.weight": (hidden, queries),
+            f"{at}.self_attn.q_norm.weight": (head,),
+            f"{at}.self_attn.k_norm.weight": (head,),
+            f"{at}.mlp.gate.weight": (config["num_experts"], hidden),
+        }
+        for number in range(config["num_experts"]):
+            shapes |= mlp(f"{at}.mlp.experts.{number}", hidden, config["moe_intermediate_size"])
+    return shapes
+
+
+def mlp(at: str, hidden: int, width: int) -> dict[str, tuple[int, ...]]:
+    return {
+        f"{at}.gate_proj.weight": (width, hidden),
+        f"{at}.up_proj.weight": (width, hidden),
+        f"{at}.down_proj.weight": (hidden, width),
+    }
+
+
+def random_tensors(shapes: dict[str, tuple[int, ...]]) -> Tensors:
+    """Values that have routers choose all experts, in bf16; norms near 1, score corrections in f32."""
+    generator = torch.Generator().manual_seed(0)
+    found = {}
+    for name, shape in shapes.items():
+        values = torch.randn(shape, generator=generator)
+        if name.endswith("e_score_correction_bias"):
+            found[name] = values * 0.1
+        elif len(shape) == 1:
+            found[name] = (1 + 0.1 * values).bfloat16()
+        else:
+            found[name] = (values * torch.rand(shape, generator=generator) * 0.3).bfloat16()
+    return found
+
+
+def is_linear(name: str) -> bool:
+    """Whether publishers quantize a weight: projections of layers, and not the one before an MTP layer."""
+    return "_proj" in name and "eh_proj" not in name
+
+
+def fp8_blocks(
+    scale_dtype: torch.dtype = torch.float32, powers_of_two: bool = False, block: int = 128
+) -> Quantize:
+    """e4m3 codes and `weight_scale_inv` for squares, partial ones at the edges."""
+
+    def quantize(name: str, weight: Tensor) -> tuple[Tensors, Tensor]:
+        rows, columns = weight.shape
+        codes = torch.empty(rows, columns, dtype=torch.float8_e4m3fn)
+        scale = torch.empty(-(-rows // block), -(-columns // block), dtype=scale_dtype)
+        plain = torch.empty(rows, columns, dtype=torch.bfloat16)
+        for i in range(scale.shape[0]):
+            for j in range(scale.shape[1]):
+                at = slice(i * block, (i + 1) * block), slice(j * block, (j + 1) * block)
+                one = weight[at].float().abs().max() / 448
+                if powers_of_two:
+                    one = torch.exp2(torch.ceil(torch.log2(one)))
+                scale[i, j] = one
+                codes[at] = (weight[at].float() / scale[i, j].float()).to(torch.float8_e4m3fn)
+                plain[at] = (codes[at].float() * scale[i, j].float()).bfloat16()
+        return {name: codes, f"{name}_scale_inv": scale}, plain
+
+    return quantize
+
+
+def write(
+    folder: Path, config: dict[str, Any], plain: Tensors, quantize: Quantize, quantization: dict[str, Any]
+) -> tuple[Path, Path]:
+    """Write both checkpoints: `quantized`, with that entry in config.json, and `plain`, in bf16."""
+    stored: Tensors = {}
+    meant: Tensors = {}
+    for name, weight in plain.items():
+        if is_linear(name):
+            made, meant[name] = quantize(name, weight)
+            stored |= made
+        else:
+            stored[name] = meant[name] = weight
+    result = folder / "quantized", folder / "plain"
+    stated: dict[str, Any] = {"quantization_config": quantization} if quantization else {}
+    for place, tensors, more in zip(result, (stored, meant), (stated, {}), strict=True):
+        place.mkdir(parents=True)
+        save_file(tensors, place / "model.safetensors", {"format": "pt"})
+        (place / "config.json").write_text(json.dumps(config | more, indent=2))
+        make_tokenizer(place)
+    return result
