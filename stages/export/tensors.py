@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from stages.export.cast import kept_block_amax
 from stages.export.provenance import refuse_other_tensors
 from stages.export.rescale import Rescaling
 from stages.export.scales import stored, stored_vector
@@ -25,6 +26,7 @@ class Ingredients:
 
     digests: hub tensor → what the run recorded of it; weight_amax: module → its largest |w| there, float32
     `[]`. scales: output tensor → float32 `[]`. solved: a solver's solutions, None for `max`.
+    cast: modules that keep the source's scales.
     """
 
     source: Source
@@ -33,6 +35,7 @@ class Ingredients:
     scales: Mapping[str, Tensor]
     rescaling: Rescaling
     solved: Solved | None = None
+    cast: frozenset[str] = frozenset()
 
 
 class TensorMaker:
@@ -95,6 +98,8 @@ class TensorMaker:
             return {f"{module}.{leaf}": rounded}
         weight = self._weight(module, matrix)
         block_amax = solved.block_amax(module) if solved is not None else None
+        if module in self.ingredients.cast:
+            block_amax = kept_block_amax(self.ingredients.source, matrix, weight_format)
         tensor_scale = self.ingredients.scales.get(f"{module}.{weight_format.tensor_leaf}")
         scale = weight_format.block_scale(weight, tensor_scale, block_amax)
         made = {} if scale is None else {f"{module}.weight_scale": scale}

@@ -40,7 +40,7 @@ class StoredMatrix:
         rows, columns = tensors[self.tensor].shape[-2:]
         if self.transposed:
             rows, columns = columns, rows
-        return len(range(rows)[self._rows]), columns
+        return len(range(rows)[self.rows]), columns
 
     def read(self, source: Source) -> Tensor:
         """The matrix `[out, in]` in memory of its own."""
@@ -50,10 +50,11 @@ class StoredMatrix:
         matrix = map_tensor(source, self.tensor, self.expert)
         if self.transposed:
             matrix = matrix.mT
-        return matrix[self._rows]
+        return matrix[self.rows]
 
     @property
-    def _rows(self) -> slice:
+    def rows(self) -> slice:
+        """Which of the rows that the tensor holds for this expert."""
         stop = None if self.count is None else self.first + self.count * self.stride
         return slice(self.first, stop, self.stride)
 

@@ -217,3 +217,63 @@ def write(
         (place / "config.json").write_text(json.dumps(config | more, indent=2))
         make_tokenizer(place)
     return result
+
+
+def fp8_scaled(per_channel: bool, input_scale: bool) -> Quantize:
+    """e4m3 codes and `weight_scale`, of each row (compressed-tensors) or of all (modelopt)."""
+
+    def quantize(name: str, weight: Tensor) -> tuple[Tensors, Tensor]:
+        scale = weight.float().abs().amax(1, keepdim=True) / 448
+        if not per_channel:
+            scale = scale.max()
+        codes = (weight.float() / scale).to(torch.float8_e4m3fn)
+        made = {name: codes, f"{name}_scale": scale.clone()}
+        if input_scale:
+            made[name.replace(".weight", ".input_scale")] = torch.tensor(0.5)
+        return made, (codes.float() * scale).bfloat16()
+
+    return quantize
+
+
+def int4_groups(group: int = 16) -> Quantize:
+    """compressed-tensors' pack-quantized: eight integers in a word, the first lowest, stored plus 8."""
+
+    def quantize(name: str, weight: Tensor) -> tuple[Tensors, Tensor]:
+        rows, columns = weight.shape
+        scale = (weight.float().view(rows, -1, group).abs().amax(2) / 7).clamp(min=1e-6).bfloat16()
+        each = scale.float().repeat_interleave(group, 1)
+        integers = (weight.float() / each).round().clamp(-8, 7).int()
+        words = torch.zeros(rows, columns // 8, dtype=torch.int64)
+        for place in range(8):
+            words |= (integers[:, place::8].long() + 8) << (4 * place)
+        packed = torch.where(words >= 1 << 31, words - (1 << 32), words).int()
+        module = name.removesuffix(".weight")
+        made = {
+            f"{module}.weight_packed": packed,
+            f"{module}.weight_scale": scale,
+            f"{module}.weight_shape": torch.tensor([rows, columns]),
+        }
+        return made, (integers.float() * each).bfloat16()
+
+    return quantize
+
+
+FP4_VALUES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0)
+
+
+def mxfp4(widest: int = 4) -> Quantize:
+    """Bytes of two e2m1 codes, low first, and an exponent for each 32 of a row, as DeepSeek-V4 stores
+    experts; exponents differ by up to `widest`.
+    """
+
+    def quantize(name: str, weight: Tensor) -> tuple[Tensors, Tensor]:
+        rows, columns = weight.shape
+        generator = torch.Generator().manual_seed(len(name) * rows + columns)
+        codes = torch.randint(0, 16, (rows, columns), generator=generator)
+        exponents = 120 - torch.randint(0, widest + 1, (rows, columns // 32), generator=generator)
+        plain = torch.tensor(FP4_VALUES)[codes] * 2.0 ** (exponents - 127).repeat_interleave(32, 1)
+        packed = (codes[:, 0::2] | codes[:, 1::2] << 4).to(torch.uint8)
+        scale = exponents.to(torch.uint8)
+        return {name: packed, name.replace(".weight", ".scale"): scale}, plain.bfloat16()
+
+    return quantize

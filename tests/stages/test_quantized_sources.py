@@ -14,15 +14,21 @@ from safetensors.torch import load_file
 from stages.calibrate.run import calibrate
 from stages.export.report import ExportReport
 from stages.export.run import export
+from stages.formats import NVFP4
 from stages.progress import Silent
 from stages.settings import CalibrateSettings, ExportSettings
+from state.errors import IdentityMismatch, InputError
 from state.reader import open_run
 from tests.stages.export.support import differing, make_text, tensors
 from tests.stages.quantized_sources import (
     DEEPSEEK_V3,
     QWEN3_MOE,
+    Quantize,
     deepseek_v3_shapes,
     fp8_blocks,
+    fp8_scaled,
+    int4_groups,
+    mxfp4,
     qwen3_moe_shapes,
     random_tensors,
     write,
@@ -114,3 +120,105 @@ def test_what_stays_unquantized_is_dequantized(tmp_path: Path) -> None:
     found, meant = load_file(out / "model.safetensors"), load_file(models[1] / "model.safetensors")
     for name in ("model.layers.2.mlp.experts.3.up_proj.weight", "model.layers.0.self_attn.o_proj.weight"):
         assert found[name].dtype == torch.bfloat16 and found[name].equal(meant[name])
+
+
+def compressed(**weights: Any) -> dict[str, Any]:
+    group = {"targets": ["Linear"], "weights": {"symmetric": True, "dynamic": False} | weights}
+    return {
+        "quant_method": "compressed-tensors",
+        "config_groups": {"group_0": group},
+        "ignore": ["lm_head", "re:.*mlp.gate$"],
+        "kv_cache_scheme": None,
+        "quantization_status": "compressed",
+    }
+
+
+SCHEMES: dict[str, tuple[Quantize, dict[str, Any]]] = {
+    "FP8 per channel": (fp8_scaled(True, False), compressed(num_bits=8, type="float", strategy="channel")),
+    "FP8 per tensor": (fp8_scaled(False, True), {"quant_method": "modelopt", "quant_algo": "FP8"}),
+    "INT4 in groups of 16": (
+        int4_groups(),
+        compressed(num_bits=4, type="int", strategy="group", group_size=16),
+    ),
+    "FP4 in groups of 32": (mxfp4(), {}),
+}
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_other_schemes(scheme: str, tmp_path: Path) -> None:
+    quantize, stated = SCHEMES[scheme]
+    config = QWEN3_MOE | {"moe_intermediate_size": 96}
+    models = write(tmp_path, config, random_tensors(qwen3_moe_shapes(config)), quantize, stated)
+    runs = run_both(tmp_path, models)
+    require_same_measured(runs)
+    _, report = export_both(tmp_path, runs, "nvfp4")
+    assert report.dequantized == {scheme: 32}
+
+
+class TestMxfp4Cast:
+    """Against modelopt's lossless cast, gate and up of an expert sharing their largest exponent."""
+
+    def made(self, folder: Path, widest: int) -> tuple[tuple[Path, Path], tuple[Path, Path]]:
+        config = QWEN3_MOE | {"moe_intermediate_size": 96}
+        models = write(folder, config, random_tensors(qwen3_moe_shapes(config)), mxfp4(widest), {})
+        return models, run_both(folder, models)
+
+    @pytest.mark.parametrize("widest", [4, 30])
+    def test_is_modelopts(self, widest: int, tmp_path: Path) -> None:
+        from modelopt.torch.export.shard_cast_utils import mxfp4_kmax, quantize_mxfp4_to_nvfp4_lossless
+
+        models, runs = self.made(tmp_path, widest)
+        out = tmp_path / "out"
+        report = export(ExportSettings(run=runs[0], out=out, recipe="nvfp4", mxfp4_scale="cast"))
+        stored, found = load_file(models[0] / "model.safetensors"), load_file(out / "model.safetensors")
+        meant = load_file(models[1] / "model.safetensors")
+        lost, total = 0, 0
+        for group in (("gate_proj", "up_proj"), ("down_proj",)):
+            for layer in range(2):
+                for expert in range(4):
+                    at = [f"model.layers.{layer}.mlp.experts.{expert}.{leaf}" for leaf in group]
+                    largest = max(mxfp4_kmax(stored[f"{module}.scale"]) for module in at)
+                    for module in at:
+                        weight, scale, tensor_scale, groups, held = quantize_mxfp4_to_nvfp4_lossless(
+                            stored[f"{module}.weight"], stored[f"{module}.scale"], largest, "cpu"
+                        )
+                        assert found[f"{module}.weight"].equal(weight)
+                        assert (
+                            found[f"{module}.weight_scale"].view(torch.uint8).equal(scale.view(torch.uint8))
+                        )
+                        assert found[f"{module}.weight_scale_2"].equal(tensor_scale)
+                        lost, total = lost + groups - held, total + groups
+                        if groups == held:
+                            kept = {
+                                leaf: found[f"{module}.{leaf}"]
+                                for leaf in ("weight", "weight_scale", "weight_scale_2")
+                            }
+                            assert NVFP4.dequantize(kept).bfloat16().equal(meant[f"{module}.weight"])
+        assert (lost == 0) == (widest == 4)
+        (use,) = [use for use in report.policies if use.policy == "mxfp4_scale=cast"]
+        assert len(use.quantizers) == 32
+        attention = 2 * 160 * (128 + 64 + 64 + 128) // 32
+        if widest == 4:
+            assert use.detail == (
+                f"scales of the source were kept; 0 of {total + attention:,} groups of 32 values do not fit "
+                "them"
+            )
+
+    def test_max_is_another_result(self, tmp_path: Path) -> None:
+        _, runs = self.made(tmp_path, 4)
+        for name, settings in (("cast", {"mxfp4_scale": "cast"}), ("max", {})):
+            export(ExportSettings(run=runs[0], out=tmp_path / name, recipe="nvfp4", **settings))
+        assert differing(tensors(tmp_path / "cast"), tensors(tmp_path / "max"))
+        with pytest.raises(IdentityMismatch, match="mxfp4_scale"):
+            export(ExportSettings(run=runs[0], out=tmp_path / "cast", recipe="nvfp4"))
+
+    def test_without_mxfp4_or_nvfp4_it_is_refused(self, tmp_path: Path) -> None:
+        _, runs = self.made(tmp_path, 4)
+        for run, recipe, words in (
+            (runs[1], "nvfp4", "has nothing to act on"),
+            (runs[0], "fp8", "has nothing to act on"),
+            (runs[0], "int8_smoothquant", "changes by smoothquant"),
+        ):
+            with pytest.raises(InputError, match=words):
+                export(ExportSettings(run=run, out=tmp_path / "out", recipe=recipe, mxfp4_scale="cast"))
+        assert not (tmp_path / "out").exists()

@@ -13,8 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from stages.model.dequantize.codes import E2M1
 from stages.model.dequantize.detect import SHAPE, Found, find_quantized
 from stages.model.dequantize.stated import stated_quantization
+from stages.model.matrices import StoredMatrix
 from stages.model.plausible import CONFIG, read_config
 from stages.model.raw import raw_bytes
 from stages.model.weights import TORCH_DTYPES, map_tensor
@@ -82,6 +84,23 @@ def open_source(folder: Path) -> Source:
     plain = {name: entry for name, entry in held.tensors.items() if name not in gone}
     made = {name: weight.entry(name, held.tensors[weight.codes]) for name, weight in found.weights.items()}
     return DequantizedSource(folder, dict(sorted((plain | made).items())), held.files, held=held, found=found)
+
+
+def microscales(source: Source, matrix: StoredMatrix) -> Tensor | None:
+    """The exponents of the scales of a matrix that is held in MXFP4, uint8 `[rows, columns / 32]`: one for
+    each 32 values of a row. None where it is held otherwise, or its rows are not those that have scales.
+    """
+    weight = source.found.weights.get(matrix.tensor) if isinstance(source, DequantizedSource) else None
+    if weight is None or weight.code is not E2M1 or weight.transposed != matrix.transposed:
+        return None
+    assert isinstance(source, DequantizedSource)
+    exponents = map_tensor(source.held, weight.scale, matrix.expert).view(torch.uint8)
+    return exponents.reshape(weight.grid)[matrix.rows]
+
+
+def powers_of_two(exponents: Tensor) -> Tensor:
+    """What exponents of e8m0 stand for, float32; 255 is NaN."""
+    return exponents.view(torch.float8_e8m0fnu).float()
 
 
 def told_of_quantized(source: Source) -> list[str]:
