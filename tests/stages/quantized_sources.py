@@ -209,9 +209,16 @@ def write(
             stored |= made
         else:
             stored[name] = meant[name] = weight
+    return write_both(folder, config, (stored, meant), quantization)
+
+
+def write_both(
+    folder: Path, config: dict[str, Any], contents: tuple[Tensors, Tensors], quantization: dict[str, Any]
+) -> tuple[Path, Path]:
+    """Write the tensors of both checkpoints: quantized and plain."""
     result = folder / "quantized", folder / "plain"
     stated: dict[str, Any] = {"quantization_config": quantization} if quantization else {}
-    for place, tensors, more in zip(result, (stored, meant), (stated, {}), strict=True):
+    for place, tensors, more in zip(result, contents, (stated, {}), strict=True):
         place.mkdir(parents=True)
         save_file(tensors, place / "model.safetensors", {"format": "pt"})
         (place / "config.json").write_text(json.dumps(config | more, indent=2))
@@ -277,3 +284,80 @@ def mxfp4(widest: int = 4) -> Quantize:
         return {name: packed, name.replace(".weight", ".scale"): scale}, plain.bfloat16()
 
     return quantize
+
+
+GPT_OSS: dict[str, Any] = {
+    "architectures": ["GptOssForCausalLM"],
+    "model_type": "gpt_oss",
+    "attention_bias": True,
+    "head_dim": 16,
+    "hidden_act": "silu",
+    "hidden_size": 64,
+    "initializer_range": 0.02,
+    "intermediate_size": 96,
+    "layer_types": ["sliding_attention", "full_attention"],
+    "max_position_embeddings": 128,
+    "num_attention_heads": 4,
+    "num_experts_per_tok": 2,
+    "num_hidden_layers": 2,
+    "num_key_value_heads": 2,
+    "num_local_experts": 4,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 150000,
+    "sliding_window": 8,
+    "swiglu_limit": 7.0,
+    "tie_word_embeddings": False,
+    "vocab_size": 128,
+}
+GPT_OSS_MXFP4 = {
+    "quant_method": "mxfp4",
+    "modules_to_not_convert": [
+        "model.layers.*.self_attn",
+        "model.layers.*.mlp.router",
+        "model.embed_tokens",
+        "lm_head",
+    ],
+}
+
+
+def write_gpt_oss(folder: Path) -> tuple[Path, Path]:
+    """gpt-oss as its hub has it, experts in MXFP4, and as unquantized copies have it, experts `[in, out]`."""
+    config, generator = GPT_OSS, torch.Generator().manual_seed(0)
+    hidden, width, head = config["hidden_size"], config["intermediate_size"], config["head_dim"]
+    experts = config["num_local_experts"]
+    queries, keys = config["num_attention_heads"] * head, config["num_key_value_heads"] * head
+    shapes: dict[str, tuple[int, ...]] = {
+        "model.embed_tokens.weight": (config["vocab_size"], hidden),
+        "model.norm.weight": (hidden,),
+        "lm_head.weight": (config["vocab_size"], hidden),
+    }
+    stored: Tensors = {}
+    meant: Tensors = {}
+    for layer in range(config["num_hidden_layers"]):
+        at = f"model.layers.{layer}"
+        shapes |= {
+            f"{at}.input_layernorm.weight": (hidden,),
+            f"{at}.post_attention_layernorm.weight": (hidden,),
+            f"{at}.self_attn.sinks": (config["num_attention_heads"],),
+            f"{at}.mlp.router.weight": (experts, hidden),
+            f"{at}.mlp.router.bias": (experts,),
+            f"{at}.mlp.experts.gate_up_proj_bias": (experts, 2 * width),
+            f"{at}.mlp.experts.down_proj_bias": (experts, hidden),
+        }
+        for leaf, rows, columns in (
+            ("q", queries, hidden), ("k", keys, hidden), ("v", keys, hidden), ("o", hidden, queries)
+        ):  # fmt: skip
+            shapes[f"{at}.self_attn.{leaf}_proj.weight"] = (rows, columns)
+            shapes[f"{at}.self_attn.{leaf}_proj.bias"] = (rows,)
+        for leaf, rows, columns in (("gate_up_proj", 2 * width, hidden), ("down_proj", hidden, width)):
+            name = f"{at}.mlp.experts.{leaf}"
+            codes = torch.randint(0, 16, (experts, rows, columns), generator=generator)
+            exponents = torch.randint(119, 124, (experts, rows, columns // 32), generator=generator)
+            stored[f"{name}_blocks"] = (
+                (codes[..., 0::2] | codes[..., 1::2] << 4).to(torch.uint8).view(experts, rows, -1, 16)
+            )
+            stored[f"{name}_scales"] = exponents.to(torch.uint8)
+            steps = 2.0 ** (exponents - 127).repeat_interleave(32, -1)
+            meant[name] = (torch.tensor(FP4_VALUES)[codes] * steps).bfloat16().mT.contiguous()
+    plain = random_tensors(shapes)
+    return write_both(folder, config, (plain | stored, plain | meant), GPT_OSS_MXFP4)

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from stages.calibrate.run import calibrate
 from stages.export.report import ExportReport
@@ -32,6 +32,7 @@ from tests.stages.quantized_sources import (
     qwen3_moe_shapes,
     random_tensors,
     write,
+    write_gpt_oss,
 )
 
 FP8 = {"activation_scheme": "dynamic", "fmt": "e4m3", "quant_method": "fp8", "weight_block_size": [128, 128]}
@@ -77,13 +78,14 @@ def require_same_solved(runs: tuple[Path, Path]) -> int:
 
 def export_both(folder: Path, runs: tuple[Path, Path], recipe: str) -> tuple[Path, ExportReport]:
     """The checkpoint of the quantized source, after it was compared with that of the plain one."""
-    outs = folder / f"{recipe}-quantized", folder / f"{recipe}-plain"
+    name = Path(recipe).stem
+    outs = folder / f"{name}-quantized", folder / f"{name}-plain"
     reports = [
         export(ExportSettings(run=run, out=out, recipe=recipe)) for run, out in zip(runs, outs, strict=True)
     ]
     assert differing(tensors(outs[0]), tensors(outs[1])) == {}
-    for name in ("config.json", "hf_quant_config.json"):
-        assert (outs[0] / name).read_text() == (outs[1] / name).read_text()
+    for file in ("config.json", "hf_quant_config.json"):
+        assert (outs[0] / file).read_text() == (outs[1] / file).read_text()
     assert reports[1].dequantized == {}
     return outs[0], reports[0]
 
@@ -222,3 +224,82 @@ class TestMxfp4Cast:
             with pytest.raises(InputError, match=words):
                 export(ExportSettings(run=run, out=tmp_path / "out", recipe=recipe, mxfp4_scale="cast"))
         assert not (tmp_path / "out").exists()
+
+
+ATTENTION = """
+imports:
+  base_disable_all: configs/ptq/units/base_disable_all
+  nvfp4: configs/numerics/nvfp4
+metadata:
+  recipe_type: ptq
+quantize:
+  algorithm: max
+  quant_cfg:
+    - $import: base_disable_all
+    - quantizer_name: '*self_attn*weight_quantizer'
+      cfg: {$import: nvfp4}
+    - quantizer_name: '*self_attn*input_quantizer'
+      cfg: {$import: nvfp4}
+"""
+
+
+@pytest.mark.parametrize("schedule", ["whole", "layerwise"])
+def test_mxfp4_experts_of_gpt_oss(schedule: str, tmp_path: Path) -> None:
+    """Experts are observed, and where a recipe leaves them alone, stored as unquantized copies have them."""
+    (tmp_path / "attention.yaml").write_text(ATTENTION)
+    recipe = str(tmp_path / "attention.yaml")
+    models = write_gpt_oss(tmp_path)
+    runs = run_both(tmp_path, models, schedule=schedule, recipe=recipe)
+    require_same_measured(runs)
+    assert any(".experts.E.down_proj" in name for name in open_run(runs[0]).generation().arrays)
+    out, report = export_both(tmp_path, runs, recipe)
+    assert report.dequantized == {"FP4 in groups of 32": 4} and report.formats == {"nvfp4": 8}
+    name = "model.layers.1.mlp.experts.gate_up_proj"
+    found, meant = load_file(out / "model.safetensors"), load_file(models[1] / "model.safetensors")
+    assert found[name].equal(meant[name]) and not any(key.endswith(("_blocks", "_scales")) for key in found)
+
+
+def bare_codes(name: str, weight: torch.Tensor) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+    return {name: weight.to(torch.float8_e4m3fn)}, weight
+
+
+class TestRefusedBeforeAnyWork:
+    def refuse(self, folder: Path, model: Path, words: str) -> None:
+        data, run = make_text(folder / "text.jsonl"), folder / "run"
+        with pytest.raises(InputError, match=words):
+            calibrate(
+                CalibrateSettings(model=str(model), data=str(data), run=run, samples=8, seq=32), Silent()
+            )
+        assert not run.exists()
+
+    def test_fp8_without_scales(self, tmp_path: Path) -> None:
+        """With and without quantization_config: bare codes would be taken for numbers."""
+        for number, stated in enumerate((FP8, {})):
+            weights = random_tensors(qwen3_moe_shapes(QWEN3_MOE))
+            model, _ = write(tmp_path / str(number), QWEN3_MOE, weights, bare_codes, stated)
+            words = r"0\.down_proj\.weight is F8_E4M3\[160, 144\], and it has no scale beside it"
+            self.refuse(tmp_path, model, words)
+
+    def test_a_method_that_cannot_be_read(self, tmp_path: Path) -> None:
+        stated = {"quant_method": "gptq", "bits": 4}
+        weights = random_tensors(qwen3_moe_shapes(QWEN3_MOE))
+        model, _ = write(tmp_path, QWEN3_MOE, weights, fp8_blocks(), stated)
+        self.refuse(tmp_path, model, r"config\.json says .* quant_method 'gptq' can't be read here")
+
+
+def test_fp8_without_quantization_config_is_dequantized_all_the_same(tmp_path: Path) -> None:
+    models = write(tmp_path, QWEN3_MOE, random_tensors(qwen3_moe_shapes(QWEN3_MOE)), fp8_blocks(), {})
+    runs = run_both(tmp_path, models)
+    require_same_measured(runs)
+    export_both(tmp_path, runs, "fp8")
+
+
+def test_a_scale_that_differs_is_another_model(tmp_path: Path) -> None:
+    models = qwen3_moe(tmp_path)
+    runs = run_both(tmp_path, models)
+    stored = load_file(models[0] / "model.safetensors")
+    name = "model.layers.1.mlp.experts.2.up_proj.weight_scale_inv"
+    stored[name] = stored[name] * 2
+    save_file(stored, models[0] / "model.safetensors", {"format": "pt"})
+    with pytest.raises(IdentityMismatch, match=rf"tensors\.{name}: stored BF16\[2,2\]"):
+        export(ExportSettings(run=runs[0], out=tmp_path / "out", recipe="nvfp4"))
