@@ -13,6 +13,7 @@ ConflictPolicy = Literal["max", "error"]
 DeadPolicy = Literal["floor", "error"]
 ExpertInputScale = Literal["layer", "expert"]
 Fold = Literal["auto", "none"]
+Mxfp4Scale = Literal["max", "cast"]
 Schedule = Literal["auto", "whole", "layerwise"]
 
 LONGEST = 1000 * 86400.0
@@ -159,6 +160,11 @@ class ExportSettings(Settings):
         default="auto",
         description="Input scales that AWQ found: folded into the weights before, so that engines load a "
         "plain checkpoint, or kept apart as pre_quant_scale where modelopt keeps them apart.",
+    )
+    mxfp4_scale: Mxfp4Scale = Field(
+        default="max",
+        description="Weights that the source holds in MXFP4 and the recipe puts into NVFP4: new scales by "
+        "max, or the source's powers of two, under which all values that fit them come out the same.",
     )
     overwrite: bool = Field(
         default=False, description="Replace another export that is at OUT; files that are not its own stay."

@@ -13,9 +13,10 @@ from stages.calibrate.identify import environment, identify
 from stages.calibrate.observe.relations import Probe, probe
 from stages.calibrate.text.texts import DataUnreachable
 from stages.calibrate.text.tokens import token_matrix
+from stages.model.dequantize.source import open_source, told_of_quantized
 from stages.model.folder import locate
 from stages.model.plausible import require_possible_counts, require_possible_sizes
-from stages.model.skeleton import Skeleton, load_config, refuse_other_weights, refuse_quantized
+from stages.model.skeleton import Skeleton, load_config, refuse_other_weights
 from stages.progress import Progress
 from stages.recipe.exportable import require_exportable
 from stages.recipe.quantizer_plan import QuantizerPlan, told_left_out
@@ -63,10 +64,11 @@ def prepare(settings: CalibrateSettings, writer: RunWriter | None, progress: Pro
     recipe = resolve(settings.recipe)
     device = pick_device(settings.device)
     folder = locate(settings.model, settings.revision, progress)
-    source = Source.open(folder)
+    source = open_source(folder)
+    for note in told_of_quantized(source):
+        progress.note(note)
     require_possible_counts(folder, source.tensors)
     config = load_config(folder, settings.trust_remote_code)
-    refuse_quantized(config, folder)
     refuse_other_weights(config, folder)
     skeleton = Skeleton(config, source.tensors, settings.trust_remote_code)
     require_possible_sizes(folder, skeleton.model, skeleton.parameter_of, source.tensors)

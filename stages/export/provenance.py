@@ -28,7 +28,7 @@ def require_same_shapes(source: Source, record: RunRecord) -> None:
     """
     recorded = {name: text.partition(" ")[0] for name, text in record.identity.tensors.items()}
     shapes = {
-        name: f"{entry.dtype}[{','.join(map(str, entry.shape))}]" for name, entry in source.tensors.items()
+        name: f"{entry.dtype}[{','.join(map(str, entry.shape))}]" for name, entry in source.stored.items()
     }
     refuse_other_tensors(source, recorded, shapes)
 

@@ -67,10 +67,9 @@ def plan_units(
         matrices: where the weight of each quantized module lies in it.
         weights_only: modules whose input scale a policy leaves out.
         pre_quant_scale: modules that a vector of this name is stored for, in `dtype`.
-    Raises InputError naming the tensor for a weight that is missing, quantized already, or of a shape its
-    format can't take.
+    Raises InputError naming the tensor for a weight that is missing, or of a dtype or shape its format can't
+    take.
     """
-    refuse_quantized_tensors(tensors)
     without_input = set(weights_only)
     modules_of: dict[str, list[str]] = {}
     for module in sorted(quantizers.weights, key=natural):
@@ -118,17 +117,6 @@ def assign_shards(units: Sequence[Unit], shard_size: int) -> list[Shard]:
         Shard(f"model-{number:05d}-of-{len(filled):05d}.safetensors", tuple(members))
         for number, members in enumerate(filled, start=1)
     ]
-
-
-def refuse_quantized_tensors(tensors: Mapping[str, TensorEntry]) -> None:
-    """Raise InputError when the source holds quantized weights."""
-    for name, entry in tensors.items():
-        scaled = name.endswith((".weight_scale", ".weight_scale_inv", ".weight_packed", "_scales"))
-        if scaled or entry.dtype.startswith(("F8_", "F6_", "F4")):
-            raise InputError(
-                f"the source is already quantized ({name} is {entry.dtype}); give the unquantized model "
-                "as --model"
-            )
 
 
 def check_engine_rules(

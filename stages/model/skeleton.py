@@ -14,6 +14,7 @@ from torch import nn
 from transformers import AutoConfig, PretrainedConfig
 
 from stages.model.build import build_meta_model
+from stages.model.dequantize.stated import without_quantization
 from stages.model.fused_experts import expert_matrices, fused_hub_name
 from stages.model.matrices import StoredMatrix
 from stages.model.modules import ExpertsModule, LinearModule
@@ -37,18 +38,6 @@ def load_config(folder: Path, trust_remote_code: bool = False) -> PretrainedConf
         ) from error
 
 
-def refuse_quantized(config: PretrainedConfig, folder: Path) -> None:
-    """Raise InputError when the source checkpoint is quantized already."""
-    stored = getattr(config, "quantization_config", None)
-    if stored is None:
-        return
-    method = stored.get("quant_method") if isinstance(stored, dict) else getattr(stored, "quant_method", None)
-    raise InputError(
-        f"{folder} is already quantized (quantization_config.quant_method is {method!r}); "
-        "give the unquantized model it was made from as MODEL"
-    )
-
-
 def refuse_other_weights(config: PretrainedConfig, folder: Path) -> None:
     """Raise InputError where the configuration has transformers take the weights from another file than the
     one that is read and digested here.
@@ -67,7 +56,8 @@ class Skeleton:
     """A model on the meta device and the names of its parts.
 
     Args:
-        config: the model's configuration; it is copied, since building a model writes to it.
+        config: the model's configuration; it is copied, since building a model writes to it, without what it
+            says of quantization: the tensors are plain (stages/model/dequantize).
         tensors: every tensor of the hub checkpoint, by name.
     Raises InputError when transformers can't build a causal language model from the configuration.
     """
@@ -75,7 +65,8 @@ class Skeleton:
     def __init__(
         self, config: PretrainedConfig, tensors: Mapping[str, TensorEntry], trust_remote_code: bool = False
     ) -> None:
-        self.model = build_meta_model(config, trust_remote_code)
+        plain = type(config).from_dict(without_quantization(config.to_dict()))
+        self.model = build_meta_model(plain, trust_remote_code)
         self.config = self.model.config
         self.parameter_of = map_tensors(self.model, tensors)
         self._tensors = tensors

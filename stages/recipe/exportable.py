@@ -17,7 +17,7 @@ def require_exportable(
     floats, or of a shape that its format can't take.
     """
     missing = sorted(
-        name for module in quantizers.weights for name in matrices[module].tensors if name not in tensors
+        matrices[module].tensor for module in quantizers.weights if matrices[module].tensor not in tensors
     )
     if missing:
         raise InputError(
@@ -28,7 +28,7 @@ def require_exportable(
     for module, weight in quantizers.weights.items():
         matrix = matrices[module]
         entry, axes = tensors[matrix.tensor], 2 if matrix.expert is None else 3
-        if (matrix.dequantizer is None and entry.dtype not in FLOAT_DTYPES) or len(entry.shape) != axes:
+        if entry.dtype not in FLOAT_DTYPES or len(entry.shape) != axes:
             raise InputError(
                 f"{entry.name} is {entry.dtype}{list(entry.shape)}; only matrices in "
                 f"{', '.join(FLOAT_DTYPES)} can be quantized"

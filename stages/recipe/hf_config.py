@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from stages.model.dequantize.stated import without_quantization
 from state.source import read_json
 
 
@@ -20,8 +21,7 @@ def config_files(folder: Path, hf_quant_config: dict[str, Any]) -> dict[str, str
     from modelopt.torch.export.convert_hf_config import convert_hf_quant_config_format
 
     path = folder / "config.json"
-    content = read_json(path, path.read_bytes(), unique=False)
-    content.pop("quantization_config", None)
+    content = without_quantization(read_json(path, path.read_bytes(), unique=False))
     files = {}
     quantization = hf_quant_config.get("quantization", {})
     if quantization.get("quant_algo") is not None or quantization.get("kv_cache_quant_algo") is not None:

@@ -109,15 +109,10 @@ def _path(run: Path, folder: Path, source: Source, recipe_name: str) -> Path | N
 
 def _to_kept(plan: ModelPlan) -> _Kept:
     quantizers = plan.quantizers
-    if any(matrix.dequantizer is not None for matrix in plan.matrices.values()):
-        raise NotImplementedError("only matrices that are stored plain are kept")
-    stated = {module: dict(vars(matrix)) for module, matrix in plan.matrices.items()}
-    for fields in stated.values():
-        del fields["dequantizer"]
     return _Kept(
         recipe=quantizers.recipe.as_json(),
         weights={module: (weight.name, weight.block_size) for module, weight in quantizers.weights.items()},
-        matrices={module: _Matrix(**fields) for module, fields in stated.items()},
+        matrices={module: _Matrix(**vars(matrix)) for module, matrix in plan.matrices.items()},
         inputs=quantizers.inputs,
         constant_inputs=quantizers.constant_inputs,
         kv=quantizers.kv,

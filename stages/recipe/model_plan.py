@@ -45,13 +45,12 @@ def make_plan(folder: Path, source: Source, recipe_name: str, trust_remote_code:
     Raises InputError where either can't be served: see `load_config`, `Skeleton`, `plan_quantizers`.
     """
     from stages.model.plausible import require_possible_counts, require_possible_sizes
-    from stages.model.skeleton import Skeleton, load_config, refuse_other_weights, refuse_quantized
+    from stages.model.skeleton import Skeleton, load_config, refuse_other_weights
     from stages.recipe.quantizers import plan_quantizers
     from stages.recipe.recipes import resolve
 
     require_possible_counts(folder, source.tensors)
     config = load_config(folder, trust_remote_code)
-    refuse_quantized(config, folder)
     refuse_other_weights(config, folder)
     skeleton = Skeleton(config, source.tensors, trust_remote_code)
     require_possible_sizes(folder, skeleton.model, skeleton.parameter_of, source.tensors)
