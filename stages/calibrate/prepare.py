@@ -13,6 +13,7 @@ from stages.calibrate.identify import environment, identify
 from stages.calibrate.observe.relations import Probe, probe
 from stages.calibrate.text.texts import DataUnreachable
 from stages.calibrate.text.tokens import token_matrix
+from stages.model.decoder import LayerwiseUnsupported, find_decoder
 from stages.model.dequantize.source import open_source, told_of_quantized
 from stages.model.folder import locate
 from stages.model.plausible import require_possible_counts, require_possible_sizes
@@ -76,6 +77,7 @@ def prepare(settings: CalibrateSettings, writer: RunWriter | None, progress: Pro
     solver = solver_of(quantizers)
     matrices = {module: skeleton.matrix(module) for module in quantizers.weights}
     require_exportable(quantizers, matrices, source.tensors)
+    _require_layers(settings, skeleton, solver)
     for left_out in told_left_out(quantizers.left_out):
         progress.note(left_out)
     tokens = _tokens(settings, folder, writer, progress)
@@ -103,6 +105,22 @@ def prepare(settings: CalibrateSettings, writer: RunWriter | None, progress: Pro
         identity=identity,
         environment=here,
     )
+
+
+def _require_layers(settings: CalibrateSettings, skeleton: Skeleton, solver: Solver | None) -> None:
+    """Raise InputError where layers are needed one by one and the model does not keep them so."""
+    solving = solver is not None and solver.needs_pass
+    if not solving and settings.schedule != "layerwise":
+        return
+    try:
+        find_decoder(skeleton.model)
+    except LayerwiseUnsupported as error:
+        if not solving:
+            raise
+        raise InputError(
+            f"{error.reason}. Recipe {settings.recipe!r} is solved layer by layer: choose one without a "
+            "solver, such as nvfp4"
+        ) from error
 
 
 def _tokens(

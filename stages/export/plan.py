@@ -91,7 +91,8 @@ def plan_export(settings: ExportSettings, progress: Progress) -> ExportPlan:
         SAFETENSORS_DTYPES[subject.dtype],
     )
     shards = assign_shards(units, settings.shard_size)
-    small = _small_files(folder, plan.files[applied.scales], shards)
+    apart = (settings.run, settings.out)
+    small = _small_files(folder, apart, plan.files[applied.scales], shards)
     source_bytes = sum(entry.nbytes for entry in source.stored.values())
     report = describe(
         _public_name(recipe),
@@ -132,9 +133,14 @@ def _check_widths(found: Observed, matrices: Mapping[str, StoredMatrix], source:
     check_widths(widths, matrices, source.tensors)
 
 
-def _small_files(folder: Path, configuration: Mapping[str, str], shards: Sequence[Shard]) -> dict[str, bytes]:
-    """Every file that is no shard, by name; what the export makes itself wins over what the source holds."""
-    files = {name: (folder / name).read_bytes() for name in carried_files(folder)}
+def _small_files(
+    folder: Path, apart: Sequence[Path], configuration: Mapping[str, str], shards: Sequence[Shard]
+) -> dict[str, bytes]:
+    """Every file that is no shard, by name; what the export makes itself wins over what the source holds.
+
+    apart: folders that are no part of the source.
+    """
+    files = {name: (folder / name).read_bytes() for name in carried_files(folder, apart)}
     files |= {name: text.encode() for name, text in configuration.items()}
     if len(shards) > 1:
         files["model.safetensors.index.json"] = index([(shard.file, shard.specs) for shard in shards])

@@ -4,10 +4,21 @@ import copy
 
 import torch
 import transformers
-from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    PretrainedConfig,
+    PreTrainedModel,
+)
 
 from state.errors import InputError
 from state.reasons import reason
+
+OWN_CODE = {
+    "AutoModelForCausalLM": AutoModelForCausalLM,
+    "AutoModelForImageTextToText": AutoModelForImageTextToText,
+}
+"""Entries of `auto_map` that can name a model's own class, the first that is there counts."""
 
 
 def build_meta_model(config: PretrainedConfig, trust_remote_code: bool = False) -> PreTrainedModel:
@@ -39,10 +50,22 @@ def build_meta_model(config: PretrainedConfig, trust_remote_code: bool = False) 
 
 
 def _build(config: PretrainedConfig, trust_remote_code: bool) -> PreTrainedModel:
-    named = (config.architectures or [""])[0]
+    own = [name for name in OWN_CODE if name in (getattr(config, "auto_map", None) or {})]
+    if own and trust_remote_code:
+        return OWN_CODE[own[0]].from_config(config, trust_remote_code=True)
+    named = (config.architectures or [None])[0]
+    if named is None:
+        return AutoModelForCausalLM.from_config(config)
     found = getattr(transformers, named, None)
     if isinstance(found, type) and issubclass(found, PreTrainedModel):
         model: PreTrainedModel = found._from_config(config)  # type: ignore[attr-defined]
         return model
-    # A class of the model's own code, or one that this version of transformers calls otherwise.
-    return AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+    if own:
+        raise InputError(
+            f"{named} (architectures in config.json) is Python code that comes with the model; look at it, "
+            "then allow it with --trust-remote-code"
+        )
+    raise InputError(
+        f"transformers {transformers.__version__} has no {named} (architectures in config.json); a newer "
+        "release may have it"
+    )

@@ -23,7 +23,8 @@ TOKENIZER_FILES = (
 )
 WEIGHTS = (
     ".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".ot", ".gguf", ".ggml", ".onnx",
-    ".onnx_data", ".tflite", ".mlmodel", ".npz", ".npy", ".pkl", ".pickle", ".zip", ".tar", ".gz",
+    ".onnx_data", ".tflite", ".params", ".xml", ".mlmodel", ".npz", ".npy", ".pkl", ".pickle", ".zip",
+    ".tar", ".gz",
 )  # fmt: skip
 """Suffixes of files that hold weights, in any format."""
 RECORDS = frozenset(
@@ -34,6 +35,7 @@ RECORDS = frozenset(
         "quantize_config.json",
         "quant_config.json",
         "README.md",
+        "params.json",
         "export_report.json",
         "holdfast_export.json",
         "holdfast_journal.jsonl",
@@ -87,7 +89,8 @@ def is_carried(name: Path) -> bool:
     """
     hidden = any(part.startswith((".", "__pycache__")) for part in name.parts)
     index = name.name.endswith(".index.json")
-    return not (hidden or index or name.name in RECORDS or name.name.lower().endswith(WEIGHTS))
+    weights = name.name.lower().endswith(WEIGHTS) or ".onnx_data" in name.name
+    return not (hidden or index or weights or name.name in RECORDS)
 
 
 def tokenizer_digests(folder: Path) -> dict[str, str]:

@@ -184,6 +184,17 @@ class Skeleton:
                 )
         return found
 
+    @cached_property
+    def expert_tensors(self) -> dict[str, str]:
+        """Hub tensor that holds a projection of all experts → hub name of the experts' module."""
+        return {
+            tensor: experts.hub
+            for experts in self.experts
+            if experts.fused_on_hub
+            for parameter in (experts.up_parameter, "down_proj")
+            for tensor in self._sources(f"{experts.memory}.{parameter}")
+        }
+
     def _sources(self, parameter: str) -> list[str]:
         """The hub tensors that feed a parameter, in order."""
         found = [(order, name) for name, (fed, order) in self.parameter_of.items() if fed == parameter]

@@ -71,6 +71,8 @@ def describe(
         source.tensors,
         {module: matrix.tensor for module, matrix in matrices.items()},
         skeleton.embeddings,
+        skeleton.expert_tensors,
+        quantizers.left_out,
     )
     quantizers = replace(quantizers, hf_quant_config=plain)
     variants: dict[Scales, dict[str, object]] = {"plain": plain}

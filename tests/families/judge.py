@@ -15,7 +15,8 @@ from tests.families.replay import LAYER, Seen
 
 LARGEST = {torch.uint8: 6.0 * 448.0, torch.float8_e4m3fn: 448.0}
 ROUNDING = {torch.uint8: 0.125, torch.float8_e4m3fn: 0.0625}
-"""The largest relative error (Frobenius) of rounding to nearest; random matrices have 0.095 and 0.026, and half a step of e4m3 is never more than 1 / 16."""
+"""The largest relative error (Frobenius) of rounding to nearest; random matrices have 0.095 and 0.026, and
+half a step of e4m3 is never more than 1 / 16."""
 
 SOLVED = 0.45
 """The same for weights that a solver changed on purpose, after rows and columns are scaled back."""

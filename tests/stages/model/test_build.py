@@ -51,3 +51,15 @@ def test_a_wrapper_with_towers_is_built_whole() -> None:
 def test_what_computes_no_next_token_is_refused(name: str) -> None:
     with pytest.raises(InputError, match=f"{name} computes no next token"):
         build_meta_model(llama(name))
+
+
+def test_a_class_that_transformers_lacks_is_refused() -> None:
+    with pytest.raises(InputError, match=r"transformers .* has no NewestForConditionalGeneration"):
+        build_meta_model(llama("NewestForConditionalGeneration"))
+
+
+def test_a_class_of_the_model_s_own_needs_consent() -> None:
+    config = llama("OwnForCausalLM")
+    config.auto_map = {"AutoModelForCausalLM": "modeling_own.OwnForCausalLM"}
+    with pytest.raises(InputError, match=r"OwnForCausalLM .* allow it with --trust-remote-code"):
+        build_meta_model(config)
