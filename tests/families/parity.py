@@ -41,7 +41,8 @@ def export_by_modelopt(case: Case, plain: Path, recipe: str, batches: list[torch
 
 
 def differences(case: Case, ours: Checkpoint, theirs: Checkpoint) -> Iterator[str]:
-    """Tensors and excluded modules that differ, but for the differences of choice in docs/parity.md."""
+    """Tensors and excluded modules that differ, but for the differences of choice in docs/parity.md.
+    Modules that modelopt names as the class has them, where the hub names them otherwise, are left out."""
     mixture = any("expert" in name for name in ours.tensors)
     for name in sorted(set(ours.tensors) | set(theirs.tensors)):
         if name not in ours.tensors:
@@ -51,8 +52,12 @@ def differences(case: Case, ours: Checkpoint, theirs: Checkpoint) -> Iterator[st
                 yield f"modelopt does not write {name}"
         elif not _agree(name, ours.tensors[name], theirs.tensors[name], mixture):
             yield f"{name} is not modelopt's"
-    for module in theirs.exclude:
-        if not named(module, ours.exclude) and module not in ours.exclude:
+    modules = {name.removesuffix(".weight") for name in case.weights}
+    for excluded in theirs.exclude:
+        module = excluded.partition("\0")[
+            0
+        ]  # modelopt leaves a sentinel of its own behind names it has changed
+        if module in modules and not named(module, ours.exclude):
             yield f"only modelopt excludes {module}"
 
 
@@ -61,8 +66,8 @@ def _agree(name: str, ours: torch.Tensor, theirs: torch.Tensor, mixture: bool) -
         return False
     if name.endswith(OBSERVED) and mixture:
         return bool((ours - theirs).abs().max() <= EXPERTS_ROUND * theirs.abs().max())
-    if ours.dtype == torch.float32 and theirs.dtype == torch.bfloat16:  # theirs is cast to the model's dtype
-        ours = ours.to(torch.bfloat16)
+    if {ours.dtype, theirs.dtype} == {torch.float32, torch.bfloat16}:  # theirs has the dtype of the class
+        ours, theirs = ours.to(torch.bfloat16), theirs.to(torch.bfloat16)
     return ours.dtype == theirs.dtype and content(ours.reshape(-1)) == content(theirs.reshape(-1))
 
 
