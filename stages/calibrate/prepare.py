@@ -10,14 +10,17 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from stages.calibrate.forward.whole_model import load_tokenizer, pick_device
 from stages.calibrate.identify import environment, identify
-from stages.calibrate.observe.relations import Probe, probe
+from stages.calibrate.observe.relations import Probe, probe, relations
+from stages.calibrate.scalable import nothing_to_scale
 from stages.calibrate.text.texts import DataUnreachable
 from stages.calibrate.text.tokens import token_matrix
+from stages.fold.sites import fold_map
 from stages.model.decoder import LayerwiseUnsupported, find_decoder
 from stages.model.dequantize.source import open_source, told_of_quantized
 from stages.model.folder import locate
 from stages.model.plausible import require_possible_counts, require_possible_sizes
 from stages.model.skeleton import Skeleton, load_config, refuse_other_weights
+from stages.model.text_model import TextModel
 from stages.progress import Progress
 from stages.recipe.exportable import require_exportable
 from stages.recipe.quantizer_plan import QuantizerPlan, told_left_out
@@ -80,6 +83,12 @@ def prepare(settings: CalibrateSettings, writer: RunWriter | None, progress: Pro
     _require_layers(settings, skeleton, solver)
     for left_out in told_left_out(quantizers.left_out):
         progress.note(left_out)
+    found = _probe_on_meta(skeleton)
+    if solver is not None and solver.needs_pass and found is not None:
+        shapes = {name: entry.shape for name, entry in source.tensors.items()}
+        folds = fold_map(shapes, TextModel.of(config), relations(skeleton, found))
+        if warning := nothing_to_scale(solver, settings.recipe, folds, quantizers.weights):
+            progress.warn(warning)
     tokens = _tokens(settings, folder, writer, progress)
     _refuse_unknown(tokens, skeleton, folder)
     identity = identify(folder, source, config, skeleton, tokens, progress)
@@ -97,7 +106,7 @@ def prepare(settings: CalibrateSettings, writer: RunWriter | None, progress: Pro
         config=config,
         source=source,
         skeleton=skeleton,
-        probe=_probe_on_meta(skeleton),
+        probe=found,
         quantizers=quantizers,
         solver=solver if solver is not None and solver.needs_pass else None,
         tokens=tokens,
