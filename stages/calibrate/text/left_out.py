@@ -18,7 +18,7 @@ class LeftOut:
 
     def said(self) -> list[str]:
         """One line for each kind of thing that was left out."""
-        lines = [f"{count:,} files of DATA are left out: {why}" for why, count in self.files.items()]
+        lines = [f"{count:,} file(s) of DATA are left out: {why}" for why, count in self.files.items()]
         if self.nulls:
             lines.append(
                 f"{self.nulls:,} of the {self.rows:,} rows read hold null and no text; they are left out"

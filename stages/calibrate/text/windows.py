@@ -52,8 +52,8 @@ def stretches(pieces: Iterator[Piece], length: int) -> Iterator[Stretch]:
 
 
 def thinned(parts: Iterator[Stretch], wanted: int) -> tuple[list[Stretch], bool]:
-    """Twice to four times as many of the parts as wanted, each as far from the next, and whether these are all
-    there are. Reads them once and never holds more.
+    """Twice to four times as many of the parts as wanted, each as far from the next, and whether these are
+    all there are. Reads them once and never holds more.
     """
     kept: list[Stretch] = []
     step = 1

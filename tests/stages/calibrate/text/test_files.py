@@ -31,7 +31,7 @@ def test_tables_win_over_prose_in_a_folder(tmp_path: Path) -> None:
     make(tmp_path, "a.jsonl", "README.md", "notes.txt", "sub/more.CSV.zst")
     left_out = LeftOut()
     assert found(tmp_path, tmp_path, left_out=left_out) == ["a.jsonl", "sub/more.CSV.zst"]
-    assert left_out.said() == ["1 files of DATA are left out: prose beside tables"]
+    assert left_out.said() == ["1 file(s) of DATA are left out: prose beside tables"]
 
 
 def test_a_readme_is_no_text_of_a_folder(tmp_path: Path) -> None:
@@ -59,8 +59,8 @@ def test_splits_are_not_mixed(tmp_path: Path) -> None:
     left_out = LeftOut()
     assert found(tmp_path, tmp_path, left_out=left_out) == ["train-1.jsonl", "train-2.jsonl"]
     assert left_out.said() == [
-        "1 files of DATA are left out: split test",
-        "1 files of DATA are left out: split validation",
+        "1 file(s) of DATA are left out: split test",
+        "1 file(s) of DATA are left out: split validation",
     ]
     assert found(tmp_path / "*.jsonl", tmp_path, "validation") == ["dev.jsonl"]
 

@@ -6,6 +6,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import datasets
 import pyarrow
 import pyarrow.parquet
 import pytest
@@ -307,3 +308,10 @@ def test_an_error_while_reading_names_the_file(tmp_path: Path, monkeypatch: pyte
     with pytest.raises(OSError, match="Stale file handle") as raised:
         texts(tmp_path / "a.txt")
     assert raised.value.filename == str(tmp_path / "a.txt")
+
+
+def test_what_datasets_saved_is_read_split_by_split(tmp_path: Path) -> None:
+    splits = {name: datasets.Dataset.from_dict({"text": [name]}) for name in ("train", "test")}
+    datasets.DatasetDict(splits).save_to_disk(str(tmp_path / "saved"))
+    assert texts(tmp_path / "saved") == ["train"]
+    assert texts(tmp_path / "saved", split="test") == ["test"]
