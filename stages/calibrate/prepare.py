@@ -12,7 +12,7 @@ from stages.calibrate.forward.whole_model import load_tokenizer, pick_device
 from stages.calibrate.identify import environment, identify
 from stages.calibrate.observe.relations import Probe, probe, relations
 from stages.calibrate.scalable import nothing_to_scale
-from stages.calibrate.text.texts import DataUnreachable
+from stages.calibrate.text.files import DataUnreachable
 from stages.calibrate.text.tokens import token_matrix
 from stages.fold.sites import fold_map
 from stages.model.decoder import LayerwiseUnsupported, find_decoder
@@ -28,12 +28,14 @@ from stages.recipe.quantizers import plan_quantizers
 from stages.recipe.recipes import resolve
 from stages.recipe.solvers import Solver, solver_of
 from stages.settings import CalibrateSettings
-from state.errors import HoldfastError, IdentityMismatch, InputError
+from state.errors import Difference, HoldfastError, IdentityMismatch, InputError
 from state.identity import Environment, Identity, require_same, unrecorded
 from state.reader import open_run
 from state.reasons import reason
 from state.source import Source
 from state.store import RunWriter
+
+DECIDE_WINDOWS = ("split", "column", "take", "samples", "seq")
 
 
 @dataclass(frozen=True)
@@ -143,15 +145,34 @@ def _tokens(
             seq=settings.seq,
             split=settings.split,
             column=settings.column,
+            take=settings.take,
             progress=progress,
         )
     except DataUnreachable:
         if writer is None:
             raise
+        _require_same_windows(settings, writer)
         progress.note(
             f"DATA {settings.data} can't be reached; going on with the tokens stored in {settings.run}"
         )
         return open_run(settings.run).tokens
+
+
+def _require_same_windows(settings: CalibrateSettings, writer: RunWriter) -> None:
+    """Windows that can't be made again are those asked for as long as what decides about them is the same."""
+    recorded, asked = writer.record.settings, settings.model_dump(mode="json")
+    found = [
+        Difference(name, str(stored), str(asked[name]))
+        for name in DECIDE_WINDOWS
+        if (stored := recorded.get(name, CalibrateSettings.model_fields[name].default)) != asked[name]
+    ]
+    if found:
+        lines = "\n".join(f"  {difference}" for difference in found)
+        raise IdentityMismatch(
+            f"DATA {settings.data} can't be reached, and {settings.run} holds other windows than are asked "
+            f"for:\n{lines}\ngive the settings of that run, or DATA that can be read and another RUN",
+            found,
+        )
 
 
 def _refuse_unknown(tokens: NDArray[np.int32], skeleton: Skeleton, folder: Path) -> None:
