@@ -33,7 +33,7 @@ PYTHON  ?= $(shell for python in $(NEWEST); do \
 READY   := $(VENV)/.holdfast-ready
 
 .DEFAULT_GOAL := help
-.PHONY: help calibrate export status check repair test test-newest test-oldest test-long lint crash-test crash-test-full bench clean
+.PHONY: help calibrate export status check repair test test-newest test-oldest test-long test-families lint crash-test crash-test-full bench clean
 
 help:  ## this list
 	@echo "Holdfast: crash-safe post-training quantization for Hugging Face models"; echo
@@ -78,6 +78,9 @@ test: $(READY)  ## all tests but the long ones
 
 test-long: $(READY)  ## the long tests alone: the wheel in an environment of its own
 	@$(VENV)/bin/python -m pytest -m long $(args)
+
+test-families: $(READY)  ## every family of models in its hub's layout, all recipes, both schedules: writes docs/families.md
+	@$(VENV)/bin/python -m tests.families $(args)
 
 test-newest: .venv-newest/.holdfast-ready  ## the tests with the newest libraries that pyproject.toml allows
 	@.venv-newest/bin/python -m pytest $(args)

@@ -62,7 +62,15 @@ def typed(tmp_path: Path) -> Callable[..., list[str]]:
 
 def test_make_alone_lists_every_target() -> None:
     listed = make().stdout
-    tests = ("test", "test-newest", "test-oldest", "test-long", "crash-test", "crash-test-full")
+    tests = (
+        "test",
+        "test-newest",
+        "test-oldest",
+        "test-long",
+        "test-families",
+        "crash-test",
+        "crash-test-full",
+    )
     for target in (
         "help",
         "calibrate",
