@@ -18,7 +18,6 @@ TOKENIZER_FILES = (
     "vocab.json",
     "vocab.txt",
     "merges.txt",
-    "tekken.json",
     "chat_template.jinja",
     "chat_template.json",
 )
@@ -28,22 +27,6 @@ WEIGHTS = (
     ".tar", ".gz",
 )  # fmt: skip
 """Suffixes of files that hold weights, in any format."""
-RECORDS = frozenset(
-    {
-        "config.json",
-        "model.safetensors.index.json",
-        "hf_quant_config.json",
-        "quantize_config.json",
-        "quant_config.json",
-        "README.md",
-        "params.json",
-        "export_report.json",
-        "holdfast_export.json",
-        "holdfast_journal.jsonl",
-        "holdfast_partial.json",
-    }
-)
-"""Files that an export writes itself, or that tell of other weights, such as their model card."""
 NOT_WANTED = tuple(f"*{suffix}" for suffix in WEIGHTS if suffix != ".safetensors")
 """What is not fetched from the hub."""
 
@@ -82,16 +65,6 @@ def locate(model: str, revision: str | None, progress: Progress) -> Path:
         raise InputError(
             f"{model} can't be fetched from the hub: {str(error).strip().splitlines()[0]}"
         ) from error
-
-
-def is_carried(name: Path) -> bool:
-    """Whether a file of a model folder, by its relative path, goes along with the model's weights: all but
-    weights and records of them, and hidden files.
-    """
-    hidden = any(part.startswith((".", "__pycache__")) for part in name.parts)
-    index = name.name.endswith(".index.json")
-    weights = name.name.lower().endswith(WEIGHTS) or ".onnx_data" in name.name
-    return not (hidden or index or weights or name.name in RECORDS)
 
 
 def tokenizer_digests(folder: Path) -> dict[str, str]:

@@ -33,6 +33,8 @@ def expert_matrices(
         operations: names of what transformers does to them on loading.
     Raises InputError where the layout does not follow from these.
     """
+    if not sources:
+        raise InputError(f"the checkpoint has no tensor that feeds {experts}")
     names = ", ".join(entry.name for entry in sources)
     together = len(sources) == 1
     allowed = {TRANSPOSE} if together else {TRANSPOSE, "Concatenate"}

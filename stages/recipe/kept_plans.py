@@ -95,7 +95,7 @@ def keep_plan(run: Path, folder: Path, source: Source, recipe_name: str, plan: M
 
 
 def _path(run: Path, folder: Path, source: Source, recipe_name: str) -> Path | None:
-    if not is_shipped(recipe_name) or any(folder.rglob("*.py")):
+    if not is_shipped(recipe_name) or any(folder.glob("*.py")):
         return None
     made_from = {
         "layout": LAYOUT,

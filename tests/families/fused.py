@@ -2,6 +2,7 @@
 
 from tests.families.blocks import EXPERT_WIDTH, EXPERTS, HIDDEN, attention, ends, norms
 from tests.families.configs import Config, causal
+from tests.families.hybrids import mamba2
 from tests.families.layout import Family, Fused, Layout
 
 SPLIT = "{expert}.{part}"
@@ -74,14 +75,7 @@ def granite_hybrid() -> Family:
         if kind == "attention":
             attention(layout, f"{prefix}.self_attn")
         else:
-            mamba = f"{prefix}.mamba"
-            layout.linear(f"{mamba}.in_proj", 128 + (128 + 2 * 16) + 8, HIDDEN)
-            layout.conv(f"{mamba}.conv1d", 128 + 2 * 16, 1, 4, bias=True)
-            layout.vector(f"{mamba}.dt_bias", 8, around=1.0)
-            layout.vector(f"{mamba}.A_log", 8, around=1.0)
-            layout.vector(f"{mamba}.D", 8, around=1.0)
-            layout.norm(f"{mamba}.norm", 128)
-            layout.linear(f"{mamba}.out_proj", HIDDEN, 128)
+            mamba2(layout, f"{prefix}.mamba", inner=128, heads=8, groups=1, norm=True)
         granite_experts(layout, f"{prefix}.block_sparse_moe")
         layout.linear(f"{prefix}.shared_mlp.input_linear", 2 * 48, HIDDEN)
         layout.linear(f"{prefix}.shared_mlp.output_linear", HIDDEN, 48)

@@ -84,6 +84,11 @@ def test_what_loading_rearranges_is_refused(tmp_path: Path) -> None:
         )
 
 
+def test_experts_without_tensors_are_refused() -> None:
+    with pytest.raises(InputError, match="the checkpoint has no tensor that feeds e"):
+        expert_matrices("e", ("down_proj",), Experts(), (1, 2, 2), [], ())
+
+
 def test_another_shape_is_refused(tmp_path: Path) -> None:
     given = source(tmp_path, fused=HALVES)
     with pytest.raises(InputError, match=r"fused has shape \[1, 4, 3\]; for a parameter of \[1, 8, 3\]"):
