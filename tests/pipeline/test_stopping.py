@@ -139,9 +139,11 @@ pipeline.leaving.leave_in_time(stop)
 stop.manner = {manner!r}
 stop.saving = lambda: time.monotonic() < began + {saving}
 began = time.monotonic()
-print("ready", flush=True)
+tell = ["ready"]
 while True:
     try:
+        while tell:
+            print(tell.pop(), flush=True)
         time.sleep(60)
     except BaseException:
         pass

@@ -79,7 +79,7 @@ def test_a_time_limit_is_raised_as_a_signal_is() -> None:
         stop_on_signal() as stop,
         stop.limited(0.05, "--stop-after 1s"),
     ):
-        time.sleep(30)
+        until(lambda: False)
 
 
 def test_a_time_limit_only_asks_while_work_must_be_saved() -> None:
