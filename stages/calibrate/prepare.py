@@ -13,6 +13,7 @@ from stages.calibrate.identify import environment, identify
 from stages.calibrate.observe.relations import Probe, probe
 from stages.calibrate.text.texts import DataUnreachable
 from stages.calibrate.text.tokens import token_matrix
+from stages.model.cast_source import dtype_asked, require_held_by_dtype, told_of_cast
 from stages.model.decoder import LayerwiseUnsupported, find_decoder
 from stages.model.dequantize.source import open_source, told_of_quantized
 from stages.model.folder import locate
@@ -65,11 +66,11 @@ def prepare(settings: CalibrateSettings, writer: RunWriter | None, progress: Pro
     recipe = resolve(settings.recipe)
     device = pick_device(settings.device)
     folder = locate(settings.model, settings.revision, progress)
-    source = open_source(folder)
-    for note in told_of_quantized(source):
+    source = open_source(folder, settings.dtype)
+    for note in told_of_quantized(source) + told_of_cast(source):
         progress.note(note)
     require_possible_counts(folder, source.tensors)
-    config = load_config(folder, settings.trust_remote_code)
+    config = load_config(folder, settings.trust_remote_code, dtype_asked(source))
     refuse_other_weights(config, folder)
     skeleton = Skeleton(config, source.tensors, settings.trust_remote_code)
     require_possible_sizes(folder, skeleton.model, skeleton.parameter_of, source.tensors)
@@ -80,6 +81,7 @@ def prepare(settings: CalibrateSettings, writer: RunWriter | None, progress: Pro
     _require_layers(settings, skeleton, solver)
     for left_out in told_left_out(quantizers.left_out):
         progress.note(left_out)
+    require_held_by_dtype(source)
     tokens = _tokens(settings, folder, writer, progress)
     _refuse_unknown(tokens, skeleton, folder)
     identity = identify(folder, source, config, skeleton, tokens, progress)
