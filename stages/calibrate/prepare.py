@@ -8,13 +8,13 @@ import torch
 from numpy.typing import NDArray
 from transformers import PretrainedConfig, PreTrainedModel
 
+from stages.calibrate.by_layers import require_layers
 from stages.calibrate.forward.whole_model import load_tokenizer, pick_device
 from stages.calibrate.identify import environment, identify
 from stages.calibrate.observe.relations import Probe, probe
 from stages.calibrate.text.texts import DataUnreachable
 from stages.calibrate.text.tokens import token_matrix
 from stages.model.cast_source import dtype_asked, require_held_by_dtype, told_of_cast
-from stages.model.decoder import LayerwiseUnsupported, find_decoder
 from stages.model.dequantize.source import open_source, told_of_quantized
 from stages.model.folder import locate
 from stages.model.plausible import require_possible_counts, require_possible_sizes
@@ -76,9 +76,13 @@ def prepare(settings: CalibrateSettings, writer: RunWriter | None, progress: Pro
     require_possible_sizes(folder, skeleton.model, skeleton.parameter_of, source.tensors)
     quantizers = plan_quantizers(skeleton, recipe)
     solver = solver_of(quantizers)
+    solver = solver if solver is not None and solver.needs_pass else None
     matrices = {module: skeleton.matrix(module) for module in quantizers.weights}
     require_exportable(quantizers, matrices, source.tensors)
-    _require_layers(settings, skeleton, solver)
+    found = _probe_on_meta(skeleton)
+    require_layers(settings, skeleton, source, solver, found is not None)
+    if found is not None:
+        _require_keys_and_values(quantizers, found)
     for left_out in told_left_out(quantizers.left_out):
         progress.note(left_out)
     require_held_by_dtype(source)
@@ -99,9 +103,9 @@ def prepare(settings: CalibrateSettings, writer: RunWriter | None, progress: Pro
         config=config,
         source=source,
         skeleton=skeleton,
-        probe=_probe_on_meta(skeleton),
+        probe=found,
         quantizers=quantizers,
-        solver=solver if solver is not None and solver.needs_pass else None,
+        solver=solver,
         tokens=tokens,
         device=device,
         identity=identity,
@@ -109,20 +113,19 @@ def prepare(settings: CalibrateSettings, writer: RunWriter | None, progress: Pro
     )
 
 
-def _require_layers(settings: CalibrateSettings, skeleton: Skeleton, solver: Solver | None) -> None:
-    """Raise InputError where layers are needed one by one and the model does not keep them so."""
-    solving = solver is not None and solver.needs_pass
-    if not solving and settings.schedule != "layerwise":
-        return
-    try:
-        find_decoder(skeleton.model)
-    except LayerwiseUnsupported as error:
-        if not solving:
-            raise
+def _require_keys_and_values(quantizers: QuantizerPlan, found: Probe) -> None:
+    """Raise InputError where the recipe needs K or V of an attention that can't be observed."""
+    unseen = [
+        attention
+        for attention, cache in quantizers.kv.items()
+        if cache != "fp8_cast" and attention not in found.kv_channels
+    ]
+    if unseen:
         raise InputError(
-            f"{error.reason}. Recipe {settings.recipe!r} is solved layer by layer: choose one without a "
-            "solver, such as nvfp4"
-        ) from error
+            f"recipe {quantizers.recipe.name!r} quantizes the KV cache of {unseen[0]}, which computes "
+            "attention outside transformers' attention registry, where K and V can't be observed "
+            f"({len(unseen)} such); choose a recipe that leaves KV caches alone, such as nvfp4"
+        )
 
 
 def _tokens(
@@ -148,11 +151,13 @@ def _tokens(
 
 
 def _refuse_unknown(tokens: NDArray[np.int32], skeleton: Skeleton, folder: Path) -> None:
-    known, largest = skeleton.model.get_input_embeddings().weight.shape[0], int(tokens.max())
+    embeddings = skeleton.model.get_input_embeddings()
+    known, largest = embeddings.weight.shape[0], int(tokens.max())
     if largest >= known:
+        name = next(name for name, module in skeleton.model.named_modules() if module is embeddings)
         raise InputError(
-            f"the tokenizer in {folder} makes token {largest}, and the model knows {known} tokens. Is the "
-            "tokenizer the model's own?"
+            f"the tokenizer in {folder} makes token {largest}, and {skeleton.hub_name(name)} knows {known} "
+            "tokens. Is the tokenizer the model's own?"
         )
 
 
@@ -196,10 +201,14 @@ def _probe_on_meta(skeleton: Skeleton) -> Probe | None:
 def probe_loaded(work: Prepared, model: PreTrainedModel) -> Probe:
     """The probe of a loaded model. Raises InputError where its forward fails."""
     try:
-        return work.probe or probe(work.skeleton, model)
+        if work.probe is not None:
+            return work.probe
+        found = probe(work.skeleton, model)
     except HoldfastError:
         raise
     except Exception as error:  # the model's own code, with the numbers of its configuration
         raise InputError(
             f"{work.folder}: the model can't compute with what its config.json says: {reason(error)}"
         ) from error
+    _require_keys_and_values(work.quantizers, found)
+    return found

@@ -19,11 +19,13 @@ from stages.model.dequantize.stated import without_quantization
 from stages.model.fused_experts import expert_matrices, fused_hub_name
 from stages.model.matrices import StoredMatrix
 from stages.model.modules import ExpertsModule, LinearModule
+from stages.model.own_code import refuse_own_code
 from stages.model.plausible import read_config
 from stages.model.tensor_map import map_tensors, operations
 from state.errors import InputError
 from state.reasons import reason
-from state.source import TensorEntry, weights_file
+from state.source import TensorEntry
+from state.weights_file import weights_file
 
 
 def load_config(folder: Path, trust_remote_code: bool = False, dtype: str | None = None) -> PretrainedConfig:
@@ -37,6 +39,7 @@ def load_config(folder: Path, trust_remote_code: bool = False, dtype: str | None
     except (
         Exception
     ) as error:  # the class of a model computes with what it finds, and raises what comes of it
+        refuse_own_code(folder, error)
         raise InputError(
             f"{folder}/config.json can't be used: {type(error).__name__}: {reason(error)}"
         ) from error

@@ -7,6 +7,7 @@ import torch
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
+from stages.model.own_code import refuse_own_code
 from stages.model.plausible import require_possible_ids
 from stages.model.skeleton import Skeleton
 from stages.model.weights import read_tensor
@@ -103,4 +104,5 @@ def load_tokenizer(folder: Path, trust_remote_code: bool = False) -> PreTrainedT
     try:
         return AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
     except Exception as error:  # tokenizers raises bare Exception for a malformed tokenizer.json
+        refuse_own_code(folder, error)
         raise InputError(f"the tokenizer in {folder} can't be loaded: {reason(error)}") from error
