@@ -11,14 +11,17 @@ from transformers import PretrainedConfig, PreTrainedModel
 from stages.calibrate.by_layers import require_layers
 from stages.calibrate.forward.whole_model import load_tokenizer, pick_device
 from stages.calibrate.identify import environment, identify
-from stages.calibrate.observe.relations import Probe, probe
-from stages.calibrate.text.texts import DataUnreachable
+from stages.calibrate.observe.relations import Probe, probe, relations
+from stages.calibrate.scalable import nothing_to_scale
+from stages.calibrate.text.files import DataUnreachable
 from stages.calibrate.text.tokens import token_matrix
+from stages.fold.sites import fold_map
 from stages.model.cast_source import dtype_asked, require_held_by_dtype, told_of_cast
 from stages.model.dequantize.source import open_source, told_of_quantized
 from stages.model.folder import locate
 from stages.model.plausible import require_possible_counts, require_possible_sizes
 from stages.model.skeleton import Skeleton, load_config, refuse_other_weights
+from stages.model.text_model import TextModel
 from stages.progress import Progress
 from stages.recipe.exportable import require_exportable
 from stages.recipe.quantizer_plan import QuantizerPlan, told_left_out
@@ -26,12 +29,14 @@ from stages.recipe.quantizers import plan_quantizers
 from stages.recipe.recipes import resolve
 from stages.recipe.solvers import Solver, solver_of
 from stages.settings import CalibrateSettings
-from state.errors import HoldfastError, IdentityMismatch, InputError
+from state.errors import Difference, HoldfastError, IdentityMismatch, InputError
 from state.identity import Environment, Identity, require_same, unrecorded
 from state.reader import open_run
 from state.reasons import reason
 from state.source import Source
 from state.store import RunWriter
+
+DECIDE_WINDOWS = ("split", "column", "take", "samples", "seq")
 
 
 @dataclass(frozen=True)
@@ -86,6 +91,11 @@ def prepare(settings: CalibrateSettings, writer: RunWriter | None, progress: Pro
     for left_out in told_left_out(quantizers.left_out):
         progress.note(left_out)
     require_held_by_dtype(source)
+    if solver is not None and found is not None:
+        shapes = {name: entry.shape for name, entry in source.tensors.items()}
+        folds = fold_map(shapes, TextModel.of(config), relations(skeleton, found))
+        if warning := nothing_to_scale(solver, settings.recipe, folds, quantizers.weights):
+            progress.warn(warning)
     tokens = _tokens(settings, folder, writer, progress)
     _refuse_unknown(tokens, skeleton, folder)
     identity = identify(folder, source, config, skeleton, tokens, progress)
@@ -139,15 +149,34 @@ def _tokens(
             seq=settings.seq,
             split=settings.split,
             column=settings.column,
+            take=settings.take,
             progress=progress,
         )
     except DataUnreachable:
         if writer is None:
             raise
+        _require_same_windows(settings, writer)
         progress.note(
             f"DATA {settings.data} can't be reached; going on with the tokens stored in {settings.run}"
         )
         return open_run(settings.run).tokens
+
+
+def _require_same_windows(settings: CalibrateSettings, writer: RunWriter) -> None:
+    """Windows that can't be made again are those asked for as long as what decides about them is the same."""
+    recorded, asked = writer.record.settings, settings.model_dump(mode="json")
+    found = [
+        Difference(name, str(stored), str(asked[name]))
+        for name in DECIDE_WINDOWS
+        if (stored := recorded.get(name, CalibrateSettings.model_fields[name].default)) != asked[name]
+    ]
+    if found:
+        lines = "\n".join(f"  {difference}" for difference in found)
+        raise IdentityMismatch(
+            f"DATA {settings.data} can't be reached, and {settings.run} holds other windows than are asked "
+            f"for:\n{lines}\ngive the settings of that run, or DATA that can be read and another RUN",
+            found,
+        )
 
 
 def _refuse_unknown(tokens: NDArray[np.int32], skeleton: Skeleton, folder: Path) -> None:

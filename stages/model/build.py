@@ -5,6 +5,7 @@ import copy
 import torch
 import transformers
 from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
     PretrainedConfig,
@@ -65,6 +66,10 @@ def _build(config: PretrainedConfig, trust_remote_code: bool) -> PreTrainedModel
             f"{named} (architectures in config.json) is Python code that comes with the model; look at it, "
             "then allow it with --trust-remote-code"
         )
+    if type(config) in MODEL_FOR_CAUSAL_LM_MAPPING:  # a class that a program has registered, or none
+        made = AutoModelForCausalLM.from_config(config)
+        if type(made).__name__ == named:
+            return made
     raise InputError(
         f"transformers {transformers.__version__} has no {named} (architectures in config.json); a newer "
         "release may have it"

@@ -18,6 +18,7 @@ TOKENIZER_FILES = (
     "vocab.json",
     "vocab.txt",
     "merges.txt",
+    "tekken.json",
     "chat_template.jinja",
     "chat_template.json",
 )

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from torch import nn
-from transformers import AutoConfig, PretrainedConfig
+from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 
 from stages.model.build import build_meta_model
 from stages.model.cast_source import set_dtype
@@ -80,6 +80,11 @@ class Skeleton:
         self.config = self.model.config
         self.parameter_of = map_tensors(self.model, tensors)
         self._tensors = tensors
+        self._trust_remote_code = trust_remote_code
+
+    def build_again(self) -> PreTrainedModel:
+        """Another model like this one, for whoever changes it."""
+        return build_meta_model(self.config, self._trust_remote_code)
 
     @cached_property
     def hub_of(self) -> dict[str, str]:

@@ -13,7 +13,6 @@ from typing import Any
 from torch import nn
 
 from stages.formats import TABLE, WeightFormat
-from stages.model.build import build_meta_model
 from stages.model.engine_fused import fused_with
 from stages.model.modules import ExpertsModule
 from stages.model.skeleton import Skeleton
@@ -37,7 +36,7 @@ def plan_quantizers(skeleton: Skeleton, recipe: Recipe) -> QuantizerPlan:
             f"recipe {recipe.name!r} asks for the algorithm {recipe.algorithm!r}, "
             f"which is not supported yet; supported: {', '.join(ALGORITHMS)}"
         )
-    model = build_meta_model(skeleton.config)
+    model = skeleton.build_again()
     _insert(model, recipe)
     reader = _PlanReader(skeleton, recipe)
     for name, module in model.named_modules():

@@ -8,7 +8,7 @@ HEAD = 16
 QUERIES = 4 * HEAD
 KEYS = 2 * HEAD
 WIDTH = 96
-EXPERT_WIDTH = 96
+EXPERT_WIDTH = 96  # gate and up together are no square with the hidden state: a transposition shows
 EXPERTS = 4
 
 

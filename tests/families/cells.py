@@ -16,6 +16,7 @@ from tests.families.checkpoint import Checkpoint
 from tests.families.judge import Asked, Case, faults, folded_input_faults, weight_faults
 from tests.families.layout import Family
 from tests.families.logits import dequantized, distance, logits, write_plain
+from tests.families.parity import RECIPES, differences, export_by_modelopt
 from tests.families.replay import content, replay
 from tests.families.tokenizer import write_text
 from tests.families.write import write_family
@@ -46,6 +47,8 @@ COLUMNS = (
     Column("GPTQ", "general/ptq/nvfp4_default-kv_none-gptq", Asked(solved=True)),
 )
 
+
+PARITY = "as modelopt's"
 
 WITH_LOGITS = ("nvfp4", "AWQ full", "GPTQ")
 """Columns whose weights are put back into the class: rounding to nearest, and what is to be no worse."""
@@ -98,14 +101,46 @@ class Bench:
                 ended = self._calibrate(f"{run}-{column.recipe.rpartition('-')[2]}", schedule, column.recipe)
             cells.append(self._cell(column, schedule, run, ended, began))
             began = time.monotonic()
+        if schedule == SCHEDULES[0]:
+            cells.append(self._parity(cells))
         return cells
+
+    def _parity(self, cells: list[Cell]) -> Cell:
+        """The exports of `parity.RECIPES` beside modelopt's own."""
+        began = time.monotonic()
+        cell = Cell(PARITY, SCHEDULES[0], "works", [], 0.0)
+        for column in COLUMNS:
+            if column.recipe not in RECIPES or not (self.folder / self._out(column, SCHEDULES[0])).exists():
+                continue
+            theirs = self.folder / f"modelopt-{column.title.replace(' ', '-')}"
+            batches = list(self.windows().split(BATCH))
+            case, recipe, folder = self.case(), column.recipe, theirs
+            try:
+                forked(
+                    lambda: export_by_modelopt(case, self.plain, recipe, batches, folder),  # noqa: B023
+                    theirs.with_suffix(".pickle"),
+                )
+            except RuntimeError as error:
+                cell.verdict, cell.said = "refused", [f"modelopt: {str(error)[-300:]}"]
+                break
+            ours = Checkpoint.read(self.folder / self._out(column, SCHEDULES[0]))
+            cell.said += differences(case, ours, Checkpoint.read(theirs))
+        if cell.verdict == "works" and cell.said:
+            cell.verdict = "wrong"
+        if not any((self.folder / self._out(column, SCHEDULES[0])).exists() for column in COLUMNS):
+            cell.verdict, cell.said = "refused", ["nothing was exported"]
+        cell.seconds = round(time.monotonic() - began, 2)
+        return cell
+
+    def _out(self, column: Column, schedule: str) -> str:
+        return f"{schedule}-{column.title.replace(' ', '-')}"
 
     def _calibrate(self, run: str, schedule: str, recipe: str) -> Ended:
         options = ["--schedule", schedule, "--recipe", recipe, *SIZES]
         return self._command(["calibrate", "model", "text.jsonl", run, *options])
 
     def _cell(self, column: Column, schedule: str, run: str, ended: Ended, began: float) -> Cell:
-        out = f"{schedule}-{column.title.replace(' ', '-')}"
+        out = self._out(column, schedule)
         if column.asked.solved:
             run = f"{run}-{column.recipe.rpartition('-')[2]}"
         late = (self.folder / run).exists()

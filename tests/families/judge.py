@@ -15,7 +15,7 @@ from tests.families.replay import LAYER, Seen
 
 LARGEST = {torch.uint8: 6.0 * 448.0, torch.float8_e4m3fn: 448.0}
 ROUNDING = {torch.uint8: 0.125, torch.float8_e4m3fn: 0.0625}
-"""The largest relative error (Frobenius) of rounding to nearest; random matrices have 0.095 and 0.026, and
+"""The largest relative error (Frobenius) of rounding to nearest: random matrices have 0.095 and 0.026, and
 half a step of e4m3 is never more than 1 / 16."""
 
 SOLVED = 0.45
@@ -258,12 +258,16 @@ def exclude_faults(case: Case, export: Checkpoint) -> Iterator[str]:
     for name, found in matrices(case.family, case.weights).items():
         whole = name in export.tensors and export.tensors[name].dtype not in LARGEST
         for module in {engine_module(case, name)} if whole else {matrix.module for matrix in found}:
-            named = [pattern for pattern in export.exclude if fnmatch.fnmatchcase(module, pattern)]
-            if not export.quantized(module) and not named:
+            if not export.quantized(module) and not named(module, export.exclude):
                 yield f"{module} is unquantized and not excluded"
-            hit = [pattern for pattern in export.exclude if pattern in module or pattern in named]
+            hit = [pattern for pattern in export.exclude if pattern in module or named(module, [pattern])]
             if export.quantized(module) and hit:
                 yield f"{module} is quantized and excluded by {hit[0]}"
+
+
+def named(module: str, patterns: list[str]) -> bool:
+    """Whether a pattern names the module."""
+    return any(fnmatch.fnmatchcase(module, pattern) for pattern in patterns)
 
 
 def engine_module(case: Case, name: str) -> str:

@@ -53,7 +53,11 @@ def deepseek_v4() -> Family:
         layout.linear(f"{prefix}.ffn.gate", EXPERTS, HIDDEN)
         layout.vector(f"{prefix}.ffn.gate.bias", EXPERTS, dtype="float32")
         experts(layout, f"{prefix}.ffn.experts", names=("w1", "w3", "w2"))
-        for name, rows, columns in (("w1", 32, HIDDEN), ("w3", 32, HIDDEN), ("w2", HIDDEN, 32)):
+        for name, rows, columns in (
+            ("w1", EXPERT_WIDTH, HIDDEN),
+            ("w3", EXPERT_WIDTH, HIDDEN),
+            ("w2", HIDDEN, EXPERT_WIDTH),
+        ):
             layout.linear(f"{prefix}.ffn.shared_experts.{name}", rows, columns)
     config = causal("deepseek_v4", "DeepseekV4ForCausalLM", 2, rope_theta=10000.0) | {
         "num_key_value_heads": 1,
