@@ -1,6 +1,7 @@
 """Everything that can be known and refused before a weight is loaded, cheapest first."""
 
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
@@ -9,6 +10,7 @@ from numpy.typing import NDArray
 from transformers import PretrainedConfig, PreTrainedModel
 
 from stages.calibrate.by_layers import require_layers
+from stages.calibrate.forward.loaded_dtypes import in_float32, kept_wide
 from stages.calibrate.forward.whole_model import load_tokenizer, pick_device
 from stages.calibrate.identify import environment, identify
 from stages.calibrate.observe.relations import Probe, probe, relations
@@ -88,6 +90,7 @@ def prepare(settings: CalibrateSettings, writer: RunWriter | None, progress: Pro
     require_layers(settings, skeleton, source, solver, found is not None)
     if found is not None:
         _require_keys_and_values(quantizers, found)
+        _require_computable(skeleton)
     for left_out in told_left_out(quantizers.left_out):
         progress.note(left_out)
     require_held_by_dtype(source)
@@ -136,6 +139,28 @@ def _require_keys_and_values(quantizers: QuantizerPlan, found: Probe) -> None:
             "attention outside transformers' attention registry, where K and V can't be observed "
             f"({len(unseen)} such); choose a recipe that leaves KV caches alone, such as nvfp4"
         )
+
+
+def _require_computable(skeleton: Skeleton) -> None:
+    """Raise InputError where the class can't compute with the dtypes that it keeps its weights in. The model
+    without weights, all in one dtype, was probed before.
+    """
+    model = skeleton.model
+    wide = kept_wide(model)
+    if not wide:
+        return
+    with in_float32(wide):
+        try:
+            probe(skeleton, model)
+        except HoldfastError:
+            raise
+        except Exception as error:  # the model's own code
+            dtype = str(model.dtype).removeprefix("torch.")
+            raise InputError(
+                f"{type(model).__name__} of transformers {version('transformers')} can't compute in {dtype} "
+                f"beside the weights that it keeps in float32 ({reason(error)}); give --dtype float32, or "
+                "take another release of transformers"
+            ) from error
 
 
 def _tokens(

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaForCausalLM
 
 from stages.calibrate.run import calibrate
 from stages.progress import Silent
@@ -100,6 +100,16 @@ def test_a_solver_without_layers_is_never_told_to_take_the_whole_model(tmp_path:
     solved = missing + "Recipe 'nvfp4_awq_clip' is solved layer by layer: choose one without a solver"
     for schedule in ("whole", "layerwise", "auto"):
         refused(folder, solved, recipe="nvfp4_awq_clip", schedule=schedule)
+
+
+def test_a_class_that_can_t_compute_beside_what_it_keeps_wide(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As DeepSeek-V4's in some releases. In float32 it can."""
+    monkeypatch.setattr(LlamaForCausalLM, "_keep_in_fp32_modules_strict", ["up_proj"])
+    folder = written(tmp_path, llama())
+    refused(folder, r"LlamaForCausalLM of .* can't compute in bfloat16 beside .*give --dtype float32")
+    calibrate(runs.settings(folder, folder / "run", samples=4, dtype="float32"), Silent())
 
 
 def test_own_code_without_consent(tmp_path: Path) -> None:
