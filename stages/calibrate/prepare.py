@@ -151,7 +151,7 @@ def _require_computable(skeleton: Skeleton) -> None:
         return
     with in_float32(wide):
         try:
-            probe(skeleton, model)
+            _probe_without_weights(skeleton)
         except HoldfastError:
             raise
         except Exception as error:  # the model's own code
@@ -245,11 +245,21 @@ def _probe_on_meta(skeleton: Skeleton) -> Probe | None:
     once loaded.
     """
     try:
-        return probe(skeleton, skeleton.model)
+        return _probe_without_weights(skeleton)
     except HoldfastError:
         raise
     except Exception:  # the model's own code; what is wrong with it shows when it is probed again
         return None
+
+
+def _probe_without_weights(skeleton: Skeleton) -> Probe:
+    """Some models ask for values to build a mask from, others for a mask."""
+    try:
+        return probe(skeleton, skeleton.model)
+    except HoldfastError:
+        raise
+    except Exception:
+        return probe(skeleton, skeleton.model, masks_on_meta=True)
 
 
 def probe_loaded(work: Prepared, model: PreTrainedModel) -> Probe:
