@@ -72,6 +72,18 @@ class Applied:
         return "separate" if self.rescaling.separate else "folded"
 
     @property
+    def folds(self) -> dict[str, list[str]]:
+        """Module that a scale was divided out of → the modules that took it in, by pattern."""
+        if self.scales != "folded":
+            return {}
+        found: dict[str, dict[str, None]] = {}
+        for name in self.rescaling.scales:
+            site = self.rescaling.folds.sites[name]
+            readers = found.setdefault(split_name(name)[0], {})
+            readers.update((split_name(part.module)[0], None) for part in site.consumers)
+        return {source: list(readers) for source, readers in sorted(found.items())}
+
+    @property
     def policies(self) -> tuple[PolicyUse, ...]:
         """The policies that acted while solving."""
         return self.solved.policies if self.solved is not None else ()

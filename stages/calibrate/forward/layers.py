@@ -73,6 +73,7 @@ class LayerwiseForward:
         outside: entered around the forward of what surrounds the layers, once per batch as the last layer
         runs; hooks see there what they see in the whole model's forward. On a GPU it goes on the stream
         beside (`Beside`), which is joined before the layer is yielded. Without it there is no such forward.
+        rehearsing: copies of layers will be run, for which a short window's calls are captured too.
 
     Raises:
         LayerwiseUnsupported: the model can't be run this way (here and in all methods).
@@ -91,6 +92,7 @@ class LayerwiseForward:
         outside: Outside | None = None,
         circumstances: Circumstances = MappingProxyType({}),
         say: Callable[[str], None] = lambda message: None,
+        rehearsing: bool = False,
     ) -> None:
         materialise_buffers(skeleton.model, device)
         self.decoder = find_decoder(skeleton.model)
@@ -103,7 +105,8 @@ class LayerwiseForward:
         self._beside = Beside(device)
         self._calls = Calls(folder / ARGUMENTS_FOLDER, len(self._batches), device, limits, self._beside)
         self._short = Calls(folder / ARGUMENTS_FOLDER, 1, device, limits, self._beside)
-        self._short_shape = torch.Size()
+        self._short_shape: torch.Size | None = None
+        self._rehearsing = rehearsing
         self._beside_first: State = {}
         self._first_shape = torch.Size()
         self._advance = advance
@@ -132,12 +135,17 @@ class LayerwiseForward:
         self._beside.follow()  # weights that were loaded before may still be on their way
         with self._beside.run():
             self._returns, self._examined = examine(self.decoder, self._batches[0])
-            tokens = self._batches[0][:1, :TOKENS]
+        if self._rehearsing:
+            self._capture_short()
+        return self._states.layer
+
+    def _capture_short(self) -> None:
+        tokens = self._batches[0][:1, :TOKENS]
+        with self._beside.run():
             short = capture_arguments(self.decoder, tokens, self._returns)
             self._short.add(0, tokens.shape, short.calls)
-            self._short_shape = short.hidden.shape
+        self._short_shape = short.hidden.shape
         self._beside.join(short.tensors())
-        return self._states.layer
 
     def steps(
         self, observe: Observe = lambda layer, module: nullcontext(), first: int = 0
@@ -165,8 +173,8 @@ class LayerwiseForward:
             self._states.turn()
 
     def _rehearsal(self, layer: int) -> Rehearsal:
-        """The short window, where a layer hands on hidden states alone; else the first batch."""
-        if not self._beside_first:
+        """With the short window, where hidden states alone are handed on; else with the first batch."""
+        if self._short_shape is not None and not self._beside_first:
             return Rehearsal(self._short, layer, 0, {}, self._short_shape, self._returns)
         return Rehearsal(self._calls, layer, 0, self._beside_first, self._first_shape, self._returns)
 

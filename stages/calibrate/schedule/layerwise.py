@@ -92,6 +92,7 @@ class LayerByLayer:
             None if finished else lambda: self._finishing.hand_to(statistics),
             circumstances,
             say,
+            rehearsing=solver is not None,
         )
         self._finishing = Selected()
         self._new_from = 0
