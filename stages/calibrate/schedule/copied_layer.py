@@ -26,12 +26,14 @@ class CopiedLayer:
     """A copy of a loaded layer.
 
     Args:
-        name: of the layer in memory. module: the layer. rehearsal: how it is called.
+        name: of the layer in memory. module: the layer. rehearsal: how it is called. device: for the copy.
     """
 
-    def __init__(self, skeleton: Skeleton, name: str, module: nn.Module, rehearsal: Rehearsal) -> None:
+    def __init__(
+        self, skeleton: Skeleton, name: str, module: nn.Module, rehearsal: Rehearsal, device: torch.device
+    ) -> None:
         self.skeleton, self.rehearsal = skeleton, rehearsal
-        self.module = in_float32(module)
+        self.module = in_float32(module, device)
         self._prefix = f"{name}."
         self._linears = {linear.hub: linear.memory for linear in skeleton.linears}
         own = [experts for experts in skeleton.experts if experts.memory.startswith(self._prefix)]
@@ -93,14 +95,12 @@ class Chosen(TorchFunctionMode):
         return torch.return_types.topk((scores.gather(-1, indices), indices))
 
 
-def in_float32(module: nn.Module) -> nn.Module:
-    """A copy of a module whose floats are float32; its configuration is shared."""
-    floats = [tensor for tensor in chain(module.parameters(), module.buffers()) if tensor.is_floating_point()]
-    device = _room_for(floats)
+def in_float32(module: nn.Module, device: torch.device) -> nn.Module:
+    """A copy of a module on `device` whose floats are float32; its configuration is shared."""
     memo: dict[int, Any] = {}
     for tensor in chain(module.parameters(), module.buffers()):
         dtype = torch.float32 if tensor.is_floating_point() else tensor.dtype
-        copied = tensor.detach().to(device or tensor.device, dtype, copy=True)
+        copied = tensor.detach().to(device, dtype, copy=True)
         is_parameter = isinstance(tensor, nn.Parameter)
         memo[id(tensor)] = nn.Parameter(copied, requires_grad=False) if is_parameter else copied
     for part in module.modules():
@@ -109,10 +109,12 @@ def in_float32(module: nn.Module) -> nn.Module:
     return copy.deepcopy(module, memo)
 
 
-def _room_for(tensors: list[Tensor]) -> torch.device | None:
-    """Host memory, where a GPU has too little left for copies; None for where they are."""
-    if not tensors or tensors[0].device.type != "cuda":
-        return None
-    needed = ROOM * 4 * sum(tensor.numel() for tensor in tensors)
-    free, _ = torch.cuda.mem_get_info(tensors[0].device)
-    return torch.device("cpu") if needed > free else None
+def places_for(module: nn.Module) -> list[torch.device]:
+    """Where a copy may be, best first: where the module is, unless a GPU has too little left, and in host
+    memory.
+    """
+    host, own = torch.device("cpu"), next((held.device for held in module.parameters()), torch.device("cpu"))
+    if own == host:
+        return [host]
+    needed = ROOM * 4 * sum(held.numel() for held in module.parameters())
+    return [own, host] if needed <= torch.cuda.mem_get_info(own)[0] else [host]

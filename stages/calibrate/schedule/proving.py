@@ -6,13 +6,15 @@ from collections.abc import Callable, Mapping
 from torch import nn
 
 from stages.calibrate.forward.layers import LayerStep
-from stages.calibrate.schedule.copied_layer import CopiedLayer
-from stages.fold.candidates import NOTHING, LayerParts, attempts
+from stages.calibrate.schedule.copied_layer import CopiedLayer, places_for
+from stages.fold.candidates import NOTHING, Attempt, LayerParts, attempts
 from stages.fold.proof import LayerProof
-from stages.fold.trial import TrialLayer, try_all
+from stages.fold.trial import TrialLayer, Verdict, try_all
 from stages.model.skeleton import Skeleton
+from state.errors import HoldfastError
 from state.identity import digest_json
 from state.names import split_name
+from state.reasons import reason
 
 
 class Prover:
@@ -43,9 +45,7 @@ class Prover:
         return self.known[kind]
 
     def _new(self, kind: str, step: LayerStep, parts: LayerParts) -> LayerProof:
-        tried = attempts(parts)
-        copied = CopiedLayer(self.skeleton, step.name, step.module, step.rehearsal)
-        verdict = try_all(tried, TrialLayer(copied.part, copied.run))
+        verdict = self._verdict(step, attempts(parts))
         folded = {part.module for site in verdict.sites for part in site.consumers}
         others = {module: NOTHING for module in parts.operands if module not in folded}
         proof = LayerProof.of(kind, verdict.sites, others | verdict.failed)
@@ -54,6 +54,21 @@ class Prover:
                 self._told.add(line)
                 self.tell(line)
         return proof
+
+    def _verdict(self, step: LayerStep, tried: list[Attempt]) -> Verdict:
+        """What the layer's copy shows. Where none can be run, nothing is proven."""
+        failure: Exception | None = None
+        for device in places_for(step.module):
+            try:
+                copied = CopiedLayer(self.skeleton, step.name, step.module, step.rehearsal, device)
+                return try_all(tried, TrialLayer(copied.part, copied.run))
+            except HoldfastError:
+                raise
+            except Exception as error:  # the model's own code, which may not be made for float32
+                failure = error
+        assert failure is not None
+        why = f"a copy of the layer in float32 can't be run ({reason(failure)})"
+        return Verdict((), {module: why for attempt in tried for module in attempt.consumers})
 
 
 def kind_of(number: int, layer: nn.Module, parts: LayerParts) -> str:

@@ -7,6 +7,7 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
+from stages.calibrate.forward.rehearsal import Rehearsal
 from stages.calibrate.run import calibrate
 from stages.calibrate.schedule.copied_layer import Chosen, in_float32
 from stages.calibrate.schedule.proving import kind_of, told
@@ -62,6 +63,9 @@ FOLDED: dict[str, tuple[set[str], set[str]]] = {
     ),
 }
 """Family -> what is divided, and what can't be scaled, within a layer."""
+
+
+HOST = torch.device("cpu")
 
 
 class Notes(Silent):
@@ -193,14 +197,27 @@ def test_a_copy_in_float32_shares_nothing_but_the_configuration() -> None:
     layer = Numbered(0, 8).to(torch.bfloat16)
     layer.config = config = object()
     layer.register_buffer("steps", torch.tensor([1]))
-    copied = in_float32(layer)
+    copied = in_float32(layer, HOST)
     assert copied.linear.weight.dtype == torch.float32
     assert torch.equal(copied.linear.weight.bfloat16(), layer.linear.weight)
     assert copied.steps.dtype == torch.int64
     assert copied.config is config
-    own = in_float32(copied)
+    own = in_float32(copied, HOST)
     own.linear.weight.zero_()
     assert copied.linear.weight.any()
+
+
+def test_a_layer_that_can_not_be_run_in_float32_is_not_folded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def run(_rehearsal: Rehearsal, _module: nn.Module) -> None:
+        raise RuntimeError("float32 is not supported")
+
+    monkeypatch.setattr(Rehearsal, "run", run)
+    run_, notes = solved("llama-3", tmp_path)
+    assert proven(run_).sites == {}
+    why = "a copy of the layer in float32 can't be run (float32 is not supported)"
+    assert any(line.endswith(why) for line in notes.lines)
 
 
 def test_every_expert_is_chosen_in_turn() -> None:
