@@ -2,6 +2,7 @@
 
 from collections import Counter
 from collections.abc import Collection, Iterable
+from itertools import chain
 
 from stages.fold.candidates import NOTHING, LayerParts, attempts
 from stages.recipe.solvers import Solver
@@ -21,10 +22,11 @@ def nothing_to_scale(
     """
     if not solver.searches_scales:
         return None
-    tried = [attempt for layer in layers for attempt in attempts(layer)]
-    if any(set(attempt.consumers) & set(quantized) for attempt in tried if attempt.alternatives):
-        return None
-    reasons = Counter(attempt.reason for attempt in tried)
+    reasons: Counter[str] = Counter()
+    for attempt in chain.from_iterable(map(attempts, layers)):
+        if attempt.alternatives and any(module in quantized for module in attempt.consumers):
+            return None
+        reasons[attempt.reason] += 1
     shown = reasons.most_common(1)[0][0] if reasons else NOTHING
     what = f"AWQ can scale no input of this model ({shown})"
     if solver.method == "awq_lite":
