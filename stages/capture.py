@@ -19,9 +19,10 @@ from torch import nn
 from stages.calibrate.identify import environment, identify
 from stages.calibrate.observe.arrays import quantizer_sites
 from stages.calibrate.observe.relations import probe, relations
+from stages.model.dequantize.source import open_source
 from stages.model.folder import locate
 from stages.model.plausible import require_possible_counts
-from stages.model.skeleton import Skeleton, load_config, refuse_other_weights, refuse_quantized
+from stages.model.skeleton import Skeleton, load_config, refuse_other_weights
 from stages.model.weights import largest_magnitude
 from stages.progress import Progress, Silent
 from stages.recipe.quantizers import plan_quantizers
@@ -33,7 +34,6 @@ from state.home import expand_home
 from state.layout import Layout, arrange
 from state.names import Role, Site
 from state.record import RunRecord, SourceDescription
-from state.source import Source
 from state.update import Generation, Update
 
 STATISTICS_OF: dict[Role, tuple[str, ...]] = {
@@ -59,10 +59,9 @@ def capture(
     """
     progress, run = progress or Silent(), expand_home(run)
     folder = locate(source, None, progress)
-    tensors = Source.open(folder)
+    tensors = open_source(folder)
     require_possible_counts(folder, tensors.tensors)
     config = load_config(folder)
-    refuse_quantized(config, folder)
     refuse_other_weights(config, folder)
     skeleton = Skeleton(config, tensors.tensors)
     plan_quantizers(skeleton, resolve(recipe))

@@ -13,7 +13,9 @@ ConflictPolicy = Literal["max", "error"]
 DeadPolicy = Literal["floor", "error"]
 ExpertInputScale = Literal["layer", "expert"]
 Fold = Literal["auto", "none"]
+Mxfp4Scale = Literal["max", "cast"]
 Schedule = Literal["auto", "whole", "layerwise"]
+Take = Literal["first", "spread"]
 
 LONGEST = 1000 * 86400.0
 """Seconds of the longest duration: threads can't wait for much longer."""
@@ -77,12 +79,17 @@ class CalibrateSettings(Settings):
 
     model: Place = Field(description="Folder of a Hugging Face model, or its hub id.")
     data: Place = Field(
-        description="JSONL, Parquet or plain text: a file, a folder, a glob in quotes, or a `datasets` name "
-        "(NAME or NAME:CONFIG). Chat messages go through the chat template."
+        description="JSON, JSONL, CSV, TSV, Parquet, Arrow or plain text, also as .gz or .zst: a file, a "
+        "folder, a glob in quotes, or a `datasets` name (NAME or NAME:CONFIG). Chat messages go through the "
+        "chat template."
     )
     run: Folder = Field(description="Folder of the run.")
     revision: str | None = Field(default=None, description="Branch, tag or commit on the hub.")
-    split: str = Field(default="train", description="Split of a `datasets` data set.")
+    split: str = Field(
+        default="train",
+        description="Split of a data set or folder, and which of its rows, such as train[:1000] or "
+        "train[10%:20%].",
+    )
     column: str | None = Field(
         default=None, description="Column of text or messages. Found by itself where it is plain."
     )
@@ -90,6 +97,10 @@ class CalibrateSettings(Settings):
         default="nvfp4",
         description="modelopt's name of a recipe, remembered as export's default. AWQ and GPTQ are solved "
         "here; any other is only checked.",
+    )
+    take: Take = Field(
+        default="first",
+        description="Which windows of DATA: the first ones, or windows spread evenly over the whole of it.",
     )
     samples: int = Field(default=512, gt=0, description="Windows of text.")
     seq: int = Field(default=2048, gt=0, description="Tokens per window.")
@@ -159,6 +170,11 @@ class ExportSettings(Settings):
         default="auto",
         description="Input scales that AWQ found: folded into the weights before, so that engines load a "
         "plain checkpoint, or kept apart as pre_quant_scale where modelopt keeps them apart.",
+    )
+    mxfp4_scale: Mxfp4Scale = Field(
+        default="max",
+        description="Weights that the source holds in MXFP4 and the recipe puts into NVFP4: new scales by "
+        "max, or the source's powers of two, under which all values that fit them come out the same.",
     )
     overwrite: bool = Field(
         default=False, description="Replace another export that is at OUT; files that are not its own stay."

@@ -1,5 +1,6 @@
 """Begin a run: claim its place, then make it there."""
 
+import os
 from contextlib import ExitStack, suppress
 from pathlib import Path
 from types import TracebackType
@@ -51,7 +52,7 @@ class Claim:
     def __init__(self, path: Path | str, disk: Disk | None = None) -> None:
         self.path, self.disk = Path(path), disk or Disk()
         self._held = ExitStack()
-        self._made_folder = False
+        self._made: os.stat_result | None = None  # the folder, where it is new
 
     def __enter__(self) -> Self:
         if self.path.exists() and not self.path.is_dir():
@@ -59,12 +60,13 @@ class Claim:
         if not published(self.path, self.disk):
             refuse_lost_heads(self.path, self.disk)
             self._refuse_foreign()
-        self._made_folder = not self.path.exists()
+        new = not self.path.exists()
         with ExitStack() as held:
             held.enter_context(self.disk.lock(self.path / LOCK))
             if published(self.path, self.disk):
                 raise InputError(f"{self.path} exists already. Resume it, or choose another name.")
             self._held = held.pop_all()
+        self._made = self.path.stat() if new else None
         return self
 
     def create(self, record: RunRecord, tokens: NDArray[np.int32]) -> RunWriter:
@@ -72,7 +74,7 @@ class Claim:
         if tokens.dtype != np.int32 or tokens.ndim != 2 or tokens_digest(tokens) != record.identity.tokens:
             raise ValueError("tokens must be int32 [windows, seq] and those of record.identity")
         finish_cut_short(self.path, (), -1, self.disk)
-        self._made_folder = False
+        self._made = None
         return RunWriter.begin(self.path, self.disk, record, tokens, self._held.pop_all())
 
     def _refuse_foreign(self) -> None:
@@ -98,8 +100,9 @@ class Claim:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if self._made_folder:  # unlinked while still locked: whoever waits for this file finds it has no name
-            (self.path / LOCK).unlink(missing_ok=True)
-            with suppress(OSError):
+        # Unlinked while still locked: whoever waits for this file finds it has no name.
+        with suppress(OSError):
+            if self._made is not None and os.path.samestat(self._made, self.path.stat()):
+                (self.path / LOCK).unlink(missing_ok=True)
                 self.path.rmdir()
         self._held.close()

@@ -4,7 +4,7 @@ while it is worked from is noticed.
 
 import mmap
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from functools import cached_property
 from pathlib import Path
@@ -67,6 +67,17 @@ class MappedFile:
         stamp, data = _map(self.path, mmap.ACCESS_COPY)
         self._require(stamp)
         return data
+
+    def touched(self) -> "MappedFile | None":
+        """The same file under the stamp it has now, where that differs in the time of change alone: another
+        name or other permissions do that, and so does a write whose traces were removed. Only its bytes tell.
+        """
+        try:
+            stamp = Stamp.of(self.path)
+        except OSError:
+            return None
+        alike = stamp != self.stamp and replace(stamp, changed=self.stamp.changed) == self.stamp
+        return replace(self, stamp=stamp) if alike else None
 
     def require_unchanged(self) -> None:
         """Raise IdentityMismatch where the file at the path is not the one that was opened, or was written to

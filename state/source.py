@@ -76,23 +76,37 @@ class Source:
             _check_index(folder / INDEX, index, tensors)
         return cls(folder, dict(sorted(tensors.items())), mapped)
 
-    def read(self, name: str) -> memoryview:
-        """The bytes of a tensor, mapped and read-only.
+    @property
+    def stored(self) -> Mapping[str, TensorEntry]:
+        """The tensors as the files hold them, which is what digests are of."""
+        return self.tensors
 
-        Raises:
-            InputError: there is no such tensor.
-        """
+    @property
+    def quantized(self) -> Mapping[str, str]:
+        """Tensors that the files hold in other form than they are presented in → that form."""
+        return {}
+
+    def made_from(self, name: str) -> tuple[str, ...]:
+        """The stored tensors that a tensor is made from."""
+        return (name,)
+
+    def read(self, name: str) -> memoryview:
+        """The bytes of a tensor, read-only. Raises InputError where there is no such tensor."""
         entry = self._entry(name)
         return self.files[entry.file].data[entry.start : entry.start + entry.nbytes]
 
-    def private(self, name: str) -> memoryview:
-        """The bytes of a tensor, mapped and writable: see `MappedFile.private`.
+    def private(self, name: str, index: int | None = None) -> memoryview:
+        """The bytes of a tensor, or of one index into its first axis, writable: see `MappedFile.private`.
 
         Raises:
             InputError: there is no such tensor.
         """
         entry = self._entry(name)
-        return self.files[entry.file].private[entry.start : entry.start + entry.nbytes]
+        start, nbytes = entry.start, entry.nbytes
+        if index is not None:
+            nbytes //= entry.shape[0]
+            start += index * nbytes
+        return self.files[entry.file].private[start : start + nbytes]
 
     def _entry(self, name: str) -> TensorEntry:
         if name not in self.tensors:
@@ -100,7 +114,7 @@ class Source:
         return self.tensors[name]
 
     def digest(self, name: str) -> str:
-        """`BF16[4096,256] xxh3:...` of a tensor, as in `Identity.tensors`."""
+        """`BF16[4096,256] xxh3:...` of a stored tensor, as in `Identity.tensors`."""
         return self._digest(name, self.read(name))
 
     def _digest(self, name: str, data: Bytes) -> str:
@@ -108,7 +122,7 @@ class Source:
         return tensor_digest(entry.dtype, entry.shape, data)
 
     def digests(self, threads: int) -> dict[str, str]:
-        """Digest of every tensor, by name; read in the order of the files.
+        """Digest of every stored tensor, by name; read in the order of the files.
 
         Raises:
             IdentityMismatch: a file changed meanwhile.
@@ -137,10 +151,17 @@ class Source:
 
     def require_unchanged(self) -> None:
         """Raise IdentityMismatch naming the first file that was written to, replaced or removed since it was
-        opened. Cheap: contents are not read.
+        opened. Contents are read only of a file that was touched (see `MappedFile.touched`), and compared
+        with what `digests` saw.
         """
-        for file in self.files.values():
+        for name, file in self.files.items():
+            if (touched := file.touched()) is not None and self._is_as_digested(name):
+                self.files[name] = file = touched
             file.require_unchanged()
+
+    def _is_as_digested(self, file: str) -> bool:
+        names = [name for name, entry in self.tensors.items() if entry.file == file]
+        return all(self.digest(name) == self.digested.get(name) for name in names)
 
 
 def weights_file(folder: Path) -> str:

@@ -10,24 +10,32 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from stages.calibrate.forward.whole_model import load_tokenizer, pick_device
 from stages.calibrate.identify import environment, identify
-from stages.calibrate.observe.relations import Probe, probe
-from stages.calibrate.text.texts import DataUnreachable
+from stages.calibrate.observe.relations import Probe, probe, relations
+from stages.calibrate.scalable import nothing_to_scale
+from stages.calibrate.text.files import DataUnreachable
 from stages.calibrate.text.tokens import token_matrix
+from stages.fold.sites import fold_map
+from stages.model.decoder import LayerwiseUnsupported, find_decoder
+from stages.model.dequantize.source import open_source, told_of_quantized
 from stages.model.folder import locate
 from stages.model.plausible import require_possible_counts, require_possible_sizes
-from stages.model.skeleton import Skeleton, load_config, refuse_other_weights, refuse_quantized
+from stages.model.skeleton import Skeleton, load_config, refuse_other_weights
+from stages.model.text_model import TextModel
 from stages.progress import Progress
-from stages.recipe.quantizer_plan import QuantizerPlan
+from stages.recipe.exportable import require_exportable
+from stages.recipe.quantizer_plan import QuantizerPlan, told_left_out
 from stages.recipe.quantizers import plan_quantizers
 from stages.recipe.recipes import resolve
 from stages.recipe.solvers import Solver, solver_of
 from stages.settings import CalibrateSettings
-from state.errors import HoldfastError, IdentityMismatch, InputError
+from state.errors import Difference, HoldfastError, IdentityMismatch, InputError
 from state.identity import Environment, Identity, require_same, unrecorded
 from state.reader import open_run
 from state.reasons import reason
 from state.source import Source
 from state.store import RunWriter
+
+DECIDE_WINDOWS = ("split", "column", "take", "samples", "seq")
 
 
 @dataclass(frozen=True)
@@ -62,19 +70,27 @@ def prepare(settings: CalibrateSettings, writer: RunWriter | None, progress: Pro
     recipe = resolve(settings.recipe)
     device = pick_device(settings.device)
     folder = locate(settings.model, settings.revision, progress)
-    source = Source.open(folder)
+    source = open_source(folder)
+    for note in told_of_quantized(source):
+        progress.note(note)
     require_possible_counts(folder, source.tensors)
     config = load_config(folder, settings.trust_remote_code)
-    refuse_quantized(config, folder)
     refuse_other_weights(config, folder)
     skeleton = Skeleton(config, source.tensors, settings.trust_remote_code)
     require_possible_sizes(folder, skeleton.model, skeleton.parameter_of, source.tensors)
     quantizers = plan_quantizers(skeleton, recipe)
     solver = solver_of(quantizers)
-    if solver is not None and solver.needs_pass:
-        for module, weight in quantizers.weights.items():
-            matrix = skeleton.matrix(module)
-            weight.refuse(matrix.tensor, matrix.shape(source.tensors))
+    matrices = {module: skeleton.matrix(module) for module in quantizers.weights}
+    require_exportable(quantizers, matrices, source.tensors)
+    _require_layers(settings, skeleton, solver)
+    for left_out in told_left_out(quantizers.left_out):
+        progress.note(left_out)
+    found = _probe_on_meta(skeleton)
+    if solver is not None and solver.needs_pass and found is not None:
+        shapes = {name: entry.shape for name, entry in source.tensors.items()}
+        folds = fold_map(shapes, TextModel.of(config), relations(skeleton, found))
+        if warning := nothing_to_scale(solver, settings.recipe, folds, quantizers.weights):
+            progress.warn(warning)
     tokens = _tokens(settings, folder, writer, progress)
     _refuse_unknown(tokens, skeleton, folder)
     identity = identify(folder, source, config, skeleton, tokens, progress)
@@ -92,7 +108,7 @@ def prepare(settings: CalibrateSettings, writer: RunWriter | None, progress: Pro
         config=config,
         source=source,
         skeleton=skeleton,
-        probe=_probe_on_meta(skeleton),
+        probe=found,
         quantizers=quantizers,
         solver=solver if solver is not None and solver.needs_pass else None,
         tokens=tokens,
@@ -100,6 +116,22 @@ def prepare(settings: CalibrateSettings, writer: RunWriter | None, progress: Pro
         identity=identity,
         environment=here,
     )
+
+
+def _require_layers(settings: CalibrateSettings, skeleton: Skeleton, solver: Solver | None) -> None:
+    """Raise InputError where layers are needed one by one and the model does not keep them so."""
+    solving = solver is not None and solver.needs_pass
+    if not solving and settings.schedule != "layerwise":
+        return
+    try:
+        find_decoder(skeleton.model)
+    except LayerwiseUnsupported as error:
+        if not solving:
+            raise
+        raise InputError(
+            f"{error.reason}. Recipe {settings.recipe!r} is solved layer by layer: choose one without a "
+            "solver, such as nvfp4"
+        ) from error
 
 
 def _tokens(
@@ -113,15 +145,34 @@ def _tokens(
             seq=settings.seq,
             split=settings.split,
             column=settings.column,
+            take=settings.take,
             progress=progress,
         )
     except DataUnreachable:
         if writer is None:
             raise
+        _require_same_windows(settings, writer)
         progress.note(
             f"DATA {settings.data} can't be reached; going on with the tokens stored in {settings.run}"
         )
         return open_run(settings.run).tokens
+
+
+def _require_same_windows(settings: CalibrateSettings, writer: RunWriter) -> None:
+    """Windows that can't be made again are those asked for as long as what decides about them is the same."""
+    recorded, asked = writer.record.settings, settings.model_dump(mode="json")
+    found = [
+        Difference(name, str(stored), str(asked[name]))
+        for name in DECIDE_WINDOWS
+        if (stored := recorded.get(name, CalibrateSettings.model_fields[name].default)) != asked[name]
+    ]
+    if found:
+        lines = "\n".join(f"  {difference}" for difference in found)
+        raise IdentityMismatch(
+            f"DATA {settings.data} can't be reached, and {settings.run} holds other windows than are asked "
+            f"for:\n{lines}\ngive the settings of that run, or DATA that can be read and another RUN",
+            found,
+        )
 
 
 def _refuse_unknown(tokens: NDArray[np.int32], skeleton: Skeleton, folder: Path) -> None:

@@ -1,26 +1,34 @@
 """The files that an export carries along from the source."""
 
+from collections.abc import Collection, Iterator
 from pathlib import Path
 
-CARRIED = (
-    "tokenizer*",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.*",
-    "merges.txt",
-    "*.model",
-    "*.tiktoken",
-    "chat_template*",
-    "additional_chat_templates/*",
-    "generation_config.json",
-    "preprocessor_config.json",
-    "processor_config.json",
-    "*.py",
-)
-"""Files of the source folder that are copied byte for byte."""
+from stages.model.folder import is_carried
+
+OTHERS = ("config.json", "HEAD", "holdfast_partial.json", "pyvenv.cfg")
+"""A folder inside the source that holds one of these is something of its own: a model, a run, an export under
+way, an environment.
+"""
 
 
-def carried_files(folder: Path) -> list[str]:
-    """Names, relative to the source folder, of the files to carry along; sorted."""
-    found = {path for pattern in CARRIED for path in folder.glob(pattern) if path.is_file()}
-    return sorted(path.relative_to(folder).as_posix() for path in found)
+def carried_files(folder: Path, apart: Collection[Path] = ()) -> list[str]:
+    """Names, relative to the source folder, of the files to carry along; sorted.
+
+    apart: folders that are no part of the model, wherever they lie: the run, and what is exported.
+    """
+    elsewhere = {path.resolve() for path in apart}
+    names = (path.relative_to(folder) for path in _files(folder, elsewhere))
+    return sorted(name.as_posix() for name in names if is_carried(name))
+
+
+def _files(folder: Path, apart: Collection[Path]) -> Iterator[Path]:
+    for path in folder.iterdir():
+        if path.is_file():
+            yield path
+        elif path.is_dir() and not _is_apart(path, apart):
+            yield from _files(path, apart)
+
+
+def _is_apart(folder: Path, apart: Collection[Path]) -> bool:
+    hidden = folder.name.startswith(".") or folder.is_symlink()
+    return hidden or folder.resolve() in apart or any((folder / name).exists() for name in OTHERS)

@@ -1,12 +1,13 @@
 """All that is decided about an export before the first byte is written."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from stages.commands import calibrate_command
 from stages.export.apply_solver import Subject, apply_solver
 from stages.export.carried import carried_files
+from stages.export.cast import Cast, cast_of
 from stages.export.decide import decide
 from stages.export.observed import Observed, observed
 from stages.export.provenance import export_identity, require_same_config, require_same_shapes
@@ -16,6 +17,7 @@ from stages.export.shards import index
 from stages.export.tensors import Ingredients
 from stages.export.unify import Policies
 from stages.export.units import Shard, assign_shards, check_engine_rules, check_widths, plan_units
+from stages.model.dequantize.source import open_source, told_of_quantized
 from stages.model.folder import locate
 from stages.model.matrices import StoredMatrix
 from stages.model.weights import TORCH_DTYPES
@@ -56,7 +58,9 @@ def plan_export(settings: ExportSettings, progress: Progress) -> ExportPlan:
         None if settings.model else run.record.source.revision,
     )
     folder = locate(model, revision, progress)
-    source = Source.open(folder)
+    source = open_source(folder)
+    for note in told_of_quantized(source):
+        progress.note(note)
     require_same_shapes(source, run.record)
     plan = _model_plan(settings, run, folder, source)
     require_same_config(folder, plan.config, run.record)
@@ -67,9 +71,12 @@ def plan_export(settings: ExportSettings, progress: Progress) -> ExportPlan:
     _check_widths(found, plan.matrices, source)
     subject = Subject(run, source, plan)
     applied = apply_solver(solver, subject, found, settings.fold)
+    cast = Cast()
+    if settings.mxfp4_scale == "cast":
+        cast = cast_of(source, plan.matrices, quantizers, solver)
     policies = Policies(settings.unseen, settings.conflict, settings.dead, settings.expert_input_scale)
     decisions = decide(
-        applied.found,
+        replace(applied.found, weights={**applied.found.weights, **cast.amax}),
         quantizers,
         run.layout.groups("same_input"),
         run.layout.groups("engine_fused"),
@@ -84,22 +91,27 @@ def plan_export(settings: ExportSettings, progress: Progress) -> ExportPlan:
         SAFETENSORS_DTYPES[subject.dtype],
     )
     shards = assign_shards(units, settings.shard_size)
-    small = _small_files(folder, plan.files[applied.scales], shards)
-    source_bytes = sum(entry.nbytes for entry in source.tensors.values())
+    apart = (settings.run, settings.out)
+    small = _small_files(folder, apart, plan.files[applied.scales], shards)
+    source_bytes = sum(entry.nbytes for entry in source.stored.values())
     report = describe(
         _public_name(recipe),
         shards,
         len(quantizers.kv),
         source_bytes,
-        (*decisions.uses, *applied.policies),
+        (*decisions.uses, *applied.policies, *cast.uses(quantizers.weights, decisions.scales)),
         not run.head.finished,
         None if solver is None else solver.id,
         applied.kept_at_one,
+        quantizers.left_out,
+        source.quantized,
     )
     small[REPORT] = report.encode()
     carried = {name: digest(data) for name, data in small.items() if name != REPORT}
     dtype = str(subject.dtype)
     identity = export_identity(run, recipe, policies, solver, settings.fold, shards, dtype, carried)
+    if cast.amax:
+        identity["mxfp4_scale"] = settings.mxfp4_scale
     ingredients = Ingredients(
         source,
         run.record.identity.tensors,
@@ -107,6 +119,7 @@ def plan_export(settings: ExportSettings, progress: Progress) -> ExportPlan:
         decisions.scales,
         applied.rescaling,
         applied.solved,
+        frozenset(cast.amax),
     )
     return ExportPlan(tuple(shards), ingredients, small, identity, report)
 
@@ -120,9 +133,14 @@ def _check_widths(found: Observed, matrices: Mapping[str, StoredMatrix], source:
     check_widths(widths, matrices, source.tensors)
 
 
-def _small_files(folder: Path, configuration: Mapping[str, str], shards: Sequence[Shard]) -> dict[str, bytes]:
-    """Every file that is no shard, by name; what the export makes itself wins over what the source holds."""
-    files = {name: (folder / name).read_bytes() for name in carried_files(folder)}
+def _small_files(
+    folder: Path, apart: Sequence[Path], configuration: Mapping[str, str], shards: Sequence[Shard]
+) -> dict[str, bytes]:
+    """Every file that is no shard, by name; what the export makes itself wins over what the source holds.
+
+    apart: folders that are no part of the source.
+    """
+    files = {name: (folder / name).read_bytes() for name in carried_files(folder, apart)}
     files |= {name: text.encode() for name, text in configuration.items()}
     if len(shards) > 1:
         files["model.safetensors.index.json"] = index([(shard.file, shard.specs) for shard in shards])

@@ -16,7 +16,8 @@ class ExportReport:
     formats: how many modules are stored in each format. tensors: output tensors, by dtype. nbytes: of tensor
     data; source_nbytes: the source's. policies: every use. partial: the run was unfinished. solver: the id of
     the solutions applied, None for `max`. kept_at_one: fold site or module whose input a solver could not
-    scale → the reason.
+    scale → the reason. left_out: module or quantizer that the recipe names and that stays as it is → why.
+    dequantized: scheme → how many of the source's weights were read from it.
     The remaining fields are of this process only and stay out of the file, which holds no times and no paths.
     """
 
@@ -30,6 +31,8 @@ class ExportReport:
     partial: bool
     solver: str | None = None
     kept_at_one: Mapping[str, str] = field(default_factory=dict)
+    left_out: Mapping[str, str] = field(default_factory=dict)
+    dequantized: Mapping[str, int] = field(default_factory=dict)
     already_finished: bool = False
     shards_written: int = 0
     shards_kept: int = 0
@@ -51,7 +54,10 @@ class ExportReport:
                 for use in self.policies
             ],
             "kept_at_one": dict(self.kept_at_one),
+            "left_out": dict(self.left_out),
         }
+        if self.dequantized:
+            content["dequantized"] = dict(self.dequantized)
         return (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode()
 
     def policy_counts(self) -> dict[str, int]:
@@ -71,8 +77,10 @@ def describe(
     partial: bool,
     solver: str | None,
     kept_at_one: Mapping[str, str],
+    left_out: Mapping[str, str],
+    quantized: Mapping[str, str],
 ) -> ExportReport:
-    """The report of a plan, before anything is written."""
+    """The report of a plan, before anything is written. quantized: the source's weight → its scheme."""
     units = [unit for shard in shards for unit in shard.units]
     formats = Counter(unit.format.name for unit in units if unit.format)
     if kv_caches:
@@ -89,4 +97,6 @@ def describe(
         partial=partial,
         solver=solver,
         kept_at_one=kept_at_one,
+        left_out=left_out,
+        dequantized=dict(sorted(Counter(quantized.values()).items())),
     )

@@ -42,7 +42,7 @@ class Rescaling:
     def to_pack(self, module: str, stored: Tensor) -> Tensor:
         """The weight `[out, in]` of a module as it is packed: float32 where `exact`, else `dtype`."""
         weight = stored.to(self.dtype)
-        fold = self.folds.tensor_fold(f"{module}.weight", self.scales)
+        fold = self.folds.module_fold(module, self.scales)
         if fold is not None:
             weight = fold.apply(weight)
         if module in self.separate:

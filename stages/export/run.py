@@ -11,6 +11,7 @@ from stages.export.shards import encode
 from stages.export.standing import Wanted
 from stages.export.tensors import TensorMaker
 from stages.progress import Progress, Silent
+from stages.recipe.quantizer_plan import told_left_out
 from stages.settings import ExportSettings
 from state.durable import Disk
 from state.errors import OutOfSpace
@@ -80,6 +81,8 @@ def _tell_policies(report: ExportReport, progress: Progress) -> None:
     for policy, count in report.policy_counts().items():
         tell = progress.warn if policy in WARNED else progress.note
         tell(f"policy {policy} acted on {count} quantizers; {REPORT} names them")
+    for line in told_left_out(report.left_out):
+        progress.note(line)
 
 
 def _refuse_full_disk(folder: ExportFolder, plan: ExportPlan, disk: Disk) -> None:

@@ -1,11 +1,12 @@
 """Output tensors, one at a time: read from the source, checked against the run's identity, packed."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from torch import Tensor
 
-from stages.export.provenance import refuse_other_tensors
+from stages.export.cast import kept_block_amax
+from stages.export.checked import CheckedSource
 from stages.export.rescale import Rescaling
 from stages.export.scales import stored, stored_vector
 from stages.export.shards import Bytes, TensorSpec
@@ -25,6 +26,7 @@ class Ingredients:
 
     digests: hub tensor → what the run recorded of it; weight_amax: module → its largest |w| there, float32
     `[]`. scales: output tensor → float32 `[]`. solved: a solver's solutions, None for `max`.
+    cast: modules that keep the source's scales.
     """
 
     source: Source
@@ -33,6 +35,7 @@ class Ingredients:
     scales: Mapping[str, Tensor]
     rescaling: Rescaling
     solved: Solved | None = None
+    cast: frozenset[str] = frozenset()
 
 
 class TensorMaker:
@@ -42,6 +45,7 @@ class TensorMaker:
         self.ingredients = ingredients
         self.unit_of = {spec.name: unit for unit in shard.units for spec in unit.outputs}
         self.pending: dict[str, Tensor] = {}
+        self.checked = CheckedSource(ingredients.source, ingredients.digests)
 
     def make(self, spec: TensorSpec) -> Bytes:
         """The bytes of one output tensor.
@@ -63,23 +67,13 @@ class TensorMaker:
             self.pending = self._quantized(unit.matrix, unit.format, module, leaf)
         return raw_bytes(self.pending.pop(spec.name))
 
-    def _check(self, names: Iterable[str]) -> None:
-        """Compare tensors that have been copied with what the run recorded of them: what is written to the
-        file from here on is not in the copies.
-        """
-        source, digests = self.ingredients.source, self.ingredients.digests
-        for name in names:
-            found = source.digest(name)
-            if found != digests.get(name):
-                refuse_other_tensors(source, digests, source.digests(threads=2) | {name: found})
-
     def _unquantized(self, name: str) -> Bytes:
         source, rescaling = self.ingredients.source, self.ingredients.rescaling
         if rescaling.changes(name):
             data = raw_bytes(rescaling.to_store(name, read_tensor(source, name)))
         else:
             data = memoryview(bytes(source.read(name)))
-        self._check([name])
+        self.checked.require_same(source.made_from(name))
         return data
 
     def _quantized(
@@ -91,10 +85,13 @@ class TensorMaker:
         solved = self.ingredients.solved
         rounded = solved.rounded(module, leaf) if solved is not None else None
         if rounded is not None:
-            self._check(matrix.tensors)
+            made_from = self.ingredients.source.made_from(matrix.tensor)
+            self.checked.require_same(made_from, matrix.expert)
             return {f"{module}.{leaf}": rounded}
         weight = self._weight(module, matrix)
         block_amax = solved.block_amax(module) if solved is not None else None
+        if module in self.ingredients.cast:
+            block_amax = kept_block_amax(self.ingredients.source, matrix, weight_format)
         tensor_scale = self.ingredients.scales.get(f"{module}.{weight_format.tensor_leaf}")
         scale = weight_format.block_scale(weight, tensor_scale, block_amax)
         made = {} if scale is None else {f"{module}.weight_scale": scale}
@@ -108,7 +105,7 @@ class TensorMaker:
         """The weight as it is to be packed."""
         name, given = f"{module}.weight", self.ingredients
         stored_weight = matrix.read(given.source)
-        self._check(matrix.tensors)
+        self.checked.require_same(given.source.made_from(matrix.tensor), matrix.expert)
         weight = stored_weight.to(given.rescaling.dtype)
         largest = largest_magnitude(weight.reshape(-1))
         recorded = given.weight_amax[module]

@@ -11,11 +11,10 @@ from fnmatch import fnmatchcase
 from stages.export.shards import TensorSpec
 from stages.formats import WeightFormat
 from stages.model.matrices import StoredMatrix
+from stages.recipe.exportable import require_exportable
 from stages.recipe.quantizer_plan import QuantizerPlan
 from state.errors import InputError
 from state.source import TensorEntry
-
-FLOAT_DTYPES = ("BF16", "F16", "F32")
 
 
 @dataclass(frozen=True)
@@ -68,22 +67,14 @@ def plan_units(
         matrices: where the weight of each quantized module lies in it.
         weights_only: modules whose input scale a policy leaves out.
         pre_quant_scale: modules that a vector of this name is stored for, in `dtype`.
-    Raises InputError naming the tensor for a weight that is missing, quantized already, or of a shape its
-    format can't take.
+    Raises InputError naming the tensor for a weight that is missing, or of a dtype or shape its format can't
+    take.
     """
-    refuse_quantized_tensors(tensors)
     without_input = set(weights_only)
     modules_of: dict[str, list[str]] = {}
     for module in sorted(quantizers.weights, key=natural):
         modules_of.setdefault(matrices[module].tensor, []).append(module)
-    read = {name for module in quantizers.weights for name in matrices[module].tensors}
-    missing = sorted(read - tensors.keys())
-    if missing:
-        raise InputError(
-            f"recipe {quantizers.recipe.name!r} quantizes {missing[0]}, which the source checkpoint does not "
-            f"hold under this name ({len(missing)} such); tied weights and experts stored fused are not "
-            "supported yet: choose a recipe that leaves them unquantized"
-        )
+    require_exportable(quantizers, matrices, tensors)
     units = []
     for name in sorted(tensors, key=natural):
         entry = tensors[name]
@@ -128,17 +119,6 @@ def assign_shards(units: Sequence[Unit], shard_size: int) -> list[Shard]:
     ]
 
 
-def refuse_quantized_tensors(tensors: Mapping[str, TensorEntry]) -> None:
-    """Raise InputError when the source holds quantized weights."""
-    for name, entry in tensors.items():
-        scaled = name.endswith((".weight_scale", ".weight_scale_inv", ".weight_packed", "_scales"))
-        if scaled or entry.dtype.startswith(("F8_", "F6_", "F4")):
-            raise InputError(
-                f"the source is already quantized ({name} is {entry.dtype}); give the unquantized model "
-                "as --model"
-            )
-
-
 def check_engine_rules(
     quantizers: QuantizerPlan, engine_fused: Sequence[Sequence[str]], tensors: Mapping[str, TensorEntry]
 ) -> None:
@@ -149,7 +129,9 @@ def check_engine_rules(
     """
     for group in engine_fused:
         formats = {
-            module: quantizers.weights.get(module) for module in group if f"{module}.weight" in tensors
+            module: quantizers.weights.get(module)
+            for module in group
+            if module in quantizers.weights or f"{module}.weight" in tensors
         }
         if len(set(formats.values())) > 1:
             shown = ", ".join(
@@ -192,15 +174,7 @@ def natural(name: str) -> list[tuple[int, int, str]]:
 def _quantized_unit(
     module: str, matrix: StoredMatrix, tensors: Mapping[str, TensorEntry], weight: WeightFormat
 ) -> Unit:
-    entry = tensors[matrix.tensor]
-    axes = 2 if matrix.expert is None else 3
-    if (matrix.dequantizer is None and entry.dtype not in FLOAT_DTYPES) or len(entry.shape) != axes:
-        raise InputError(
-            f"{entry.name} is {entry.dtype}{list(entry.shape)}; only matrices in {', '.join(FLOAT_DTYPES)} "
-            "can be quantized"
-        )
     rows, columns = matrix.shape(tensors)
-    weight.refuse(f"{module}.weight", (rows, columns))
     specs = tuple(
         TensorSpec(f"{module}.{leaf}", dtype, shape) for leaf, dtype, shape in weight.stored(rows, columns)
     )

@@ -108,6 +108,13 @@ class FoldSite:
         rows[..., part.first : part.first + each] = root.unflatten(-1, (periods, each))
         return rows.flatten(-2)
 
+    def module_rows(self, part: Operand, scale: Tensor) -> Tensor:
+        """As `source_rows`, for the rows of the part's own module: an up projection has a tensor's last rows
+        where it shares one with its gate.
+        """
+        rows = self.source_rows(part, scale)
+        return rows if part.expert is None else rows[..., part.first :]
+
     def rounded(self, quantized: Container[str]) -> tuple[str, ...]:
         """Tensors that folding leaves to be rounded to their dtype: biases, and modules not in `quantized`.
 
@@ -169,6 +176,14 @@ class FoldMap:
         inputs = [(part, site.expand(checked(site, scales[site.name]))) for site, part in columns]
         transposed = (rows or columns)[0][1].transposed
         return TensorFold(_stack(parts), _stack(inputs), transposed)
+
+    def module_fold(self, module: str, scales: Mapping[str, Tensor]) -> "TensorFold | None":
+        """As `tensor_fold`, for the weight `[out, in]` of one module, whichever tensor holds it."""
+        own, row = self.sites.get(module), None
+        if own is not None and own.kind != "norm" and module in scales:
+            row = own.module_rows(own.sources[0], checked(own, scales[module]))
+        column = self.input_factors(module, scales)
+        return None if row is None and column is None else TensorFold(row, column)
 
     def input_factors(self, module: str, scales: Mapping[str, Tensor]) -> Tensor | None:
         """What folding divides a module's input channels by, and so their amax: `[columns]`, or None."""

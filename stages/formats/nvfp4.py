@@ -12,6 +12,9 @@ from stages.formats.weight_format import StoredTensor, WeightFormat, by_modelopt
 
 # modelopt keeps block scales between e4m3's smallest subnormal and its largest value: neither 0 nor NaN.
 E4M3_MIN = 2.0**-9
+# The smallest and the largest power of two that is an e4m3 value.
+E4M3_POWERS = (E4M3_MIN, 2.0**8)
+MXFP4_GROUP = 32
 # e4m3 codes that GPTQ tries, relative to that of amax / 6; one code is 6 to 12 %. The smaller ones clip.
 CODE_OFFSETS = (-3, -2, -1, 0, 1, 2)
 # The largest e4m3 code is 126 (448): 127 is NaN, 0 is zero.
@@ -88,6 +91,19 @@ class Nvfp4(WeightFormat):
         assert tensor_scale is not None
         offsets = constants(CODE_OFFSETS, columns.device)
         return solve_block(columns, factor, "nvfp4", tensor_scale.flatten(), offsets)
+
+    # As in modelopt's `quantize_mxfp4_to_nvfp4_lossless`: the largest power becomes e4m3's largest, 2^8, and
+    # what is more than 2^17 below it has no e4m3 of its own.
+
+    def powers_amax(self, largest: Tensor) -> Tensor | None:
+        return largest * (E2M1_MAX * E4M3_MAX / E4M3_POWERS[1])
+
+    def powers_block_amax(self, powers: Tensor) -> Tensor:
+        return powers.mul(E2M1_MAX).repeat_interleave(MXFP4_GROUP // self.block_size, -1)
+
+    def holds_powers(self, powers: Tensor, tensor_scale: Tensor) -> Tensor:
+        scale = powers / tensor_scale
+        return (scale >= E4M3_POWERS[0]) & (scale <= E4M3_POWERS[1]) & (scale.frexp().mantissa == 0.5)
 
     def block_scale(
         self, weight: Tensor, tensor_scale: Tensor | None, block_amax: Tensor | None = None

@@ -165,6 +165,22 @@ class WeightFormat(ABC):
         """`solve_block` of stages/solve/gptq.py in one kernel."""
         return None
 
+    # Sources in MXFP4, whose scales are powers of two, one for each 32 values of a row
+
+    def powers_amax(self, largest: Tensor) -> Tensor | None:
+        """The amax of a whole weight under which its powers of two, up to the largest, are kept as block
+        scales: f32 `[]`; None for formats that can't keep them.
+        """
+        return None
+
+    def powers_block_amax(self, powers: Tensor) -> Tensor:
+        """The amax of every block that keeps its power: f32 `[N, K/32]` → `[N, K/block]`."""
+        raise NotImplementedError(f"{self.name} can't keep powers of two")
+
+    def holds_powers(self, powers: Tensor, tensor_scale: Tensor) -> Tensor:
+        """Whether values that powers scale come out the same beside a tensor scale: bool, of their shape."""
+        raise NotImplementedError(f"{self.name} can't keep powers of two")
+
     # Checkpoints
 
     def input_scale(self, amax: Tensor) -> Tensor:

@@ -9,9 +9,10 @@ from state.errors import InputError
 
 
 class LayerwiseUnsupported(InputError):
-    """The layerwise schedule can't run this model; the message ends with the way out."""
+    """The layerwise schedule can't run this model; the message ends with the way out. reason: without it."""
 
     def __init__(self, reason: str) -> None:
+        self.reason = reason
         super().__init__(f"{reason}. Give --schedule whole to calibrate with the whole model in memory")
 
 

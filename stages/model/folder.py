@@ -14,22 +14,38 @@ TOKENIZER_FILES = (
     "tokenizer_config.json",
     "special_tokens_map.json",
     "added_tokens.json",
+    "tekken.json",
     "vocab.json",
     "vocab.txt",
     "merges.txt",
+    "tekken.json",
     "chat_template.jinja",
     "chat_template.json",
 )
-WANTED = (
-    "*.safetensors",
-    "*.safetensors.index.json",
-    "*.json",
-    "*.jinja",
-    "*.txt",
-    "*.model",
-    "*.py",
-    "*.tiktoken",
+WEIGHTS = (
+    ".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".ot", ".gguf", ".ggml", ".onnx",
+    ".onnx_data", ".tflite", ".params", ".xml", ".mlmodel", ".npz", ".npy", ".pkl", ".pickle", ".zip",
+    ".tar", ".gz",
+)  # fmt: skip
+"""Suffixes of files that hold weights, in any format."""
+RECORDS = frozenset(
+    {
+        "config.json",
+        "model.safetensors.index.json",
+        "hf_quant_config.json",
+        "quantize_config.json",
+        "quant_config.json",
+        "README.md",
+        "params.json",
+        "export_report.json",
+        "holdfast_export.json",
+        "holdfast_journal.jsonl",
+        "holdfast_partial.json",
+    }
 )
+"""Files that an export writes itself, or that tell of other weights, such as their model card."""
+NOT_WANTED = tuple(f"*{suffix}" for suffix in WEIGHTS if suffix != ".safetensors")
+"""What is not fetched from the hub."""
 
 ELSEWHERE = "--"
 """Between the names of a repository and of a file in it, where a model takes its code from another one."""
@@ -56,7 +72,7 @@ def locate(model: str, revision: str | None, progress: Progress) -> Path:
 
     progress.stage(f"fetching {model} from the hub")
     try:
-        return Path(snapshot_download(model, revision=revision, allow_patterns=list(WANTED)))
+        return Path(snapshot_download(model, revision=revision, ignore_patterns=list(NOT_WANTED)))
     except LocalEntryNotFoundError as error:
         offline = " (HF_HUB_OFFLINE is set)" if os.environ.get("HF_HUB_OFFLINE") else ""
         raise InputError(
@@ -66,6 +82,16 @@ def locate(model: str, revision: str | None, progress: Progress) -> Path:
         raise InputError(
             f"{model} can't be fetched from the hub: {str(error).strip().splitlines()[0]}"
         ) from error
+
+
+def is_carried(name: Path) -> bool:
+    """Whether a file of a model folder, by its relative path, goes along with the model's weights: all but
+    weights and records of them, and hidden files.
+    """
+    hidden = any(part.startswith((".", "__pycache__")) for part in name.parts)
+    index = name.name.endswith(".index.json")
+    weights = name.name.lower().endswith(WEIGHTS) or ".onnx_data" in name.name
+    return not (hidden or index or weights or name.name in RECORDS)
 
 
 def tokenizer_digests(folder: Path) -> dict[str, str]:

@@ -1,8 +1,9 @@
 """Where the `[out, in]` matrix of a module lies in the checkpoint, and how it is read from there.
 
 Mostly it is a tensor of its own, whole. A checkpoint may also hold the matrices of several modules in one
-tensor, by expert or by rows, and store them transposed or quantized. Whoever needs a weight as the checkpoint
-has it reads it through a `StoredMatrix`; nobody else knows the layout.
+tensor, by expert or by rows, and store them transposed. Whoever needs a weight as the checkpoint has it reads
+it through a `StoredMatrix`; nobody else knows the layout. Of a checkpoint that is quantized already the
+source presents plain tensors (stages/model/dequantize).
 """
 
 from collections.abc import Mapping, Sequence
@@ -11,14 +12,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from stages.model.dequantize import Dequantizer
 from stages.model.weights import map_tensor
 from state.source import Source, TensorEntry
 
 
 @dataclass(frozen=True)
 class StoredMatrix:
-    """A matrix, or where it is part of a tensor: index the expert, dequantize, transpose, then take the rows.
+    """A matrix, or where it is part of a tensor: index the expert, transpose, then take the rows.
 
     Attributes:
         tensor: the hub tensor, `[out, in]` where nothing else is said.
@@ -26,7 +26,6 @@ class StoredMatrix:
         transposed: the last two axes are stored as `[in, out]`.
         first, stride, count: the rows, of those that the tensor holds for this expert: from `first`, every
             `stride`-th (2 where gate and up are interleaved), `count` of them (None: to the end).
-        dequantizer: makes numbers of the stored codes.
     """
 
     tensor: str
@@ -35,39 +34,27 @@ class StoredMatrix:
     first: int = 0
     stride: int = 1
     count: int | None = None
-    dequantizer: Dequantizer | None = None
-
-    @property
-    def tensors(self) -> tuple[str, ...]:
-        """Every hub tensor that it is made from."""
-        return (self.tensor,) if self.dequantizer is None else (self.tensor, *self.dequantizer.tensors)
 
     def shape(self, tensors: Mapping[str, TensorEntry]) -> tuple[int, int]:
         """`(out, in)`."""
-        stored = tensors[self.tensor].shape
-        rows, columns = stored[-2:]
-        if self.dequantizer is not None:
-            rows, columns = self.dequantizer.shape(rows, columns)
+        rows, columns = tensors[self.tensor].shape[-2:]
         if self.transposed:
             rows, columns = columns, rows
-        return len(range(rows)[self._rows]), columns
+        return len(range(rows)[self.rows]), columns
 
     def read(self, source: Source) -> Tensor:
-        """The matrix `[out, in]` in memory of its own; as stored, or as the dequantizer gives it."""
+        """The matrix `[out, in]` in memory of its own."""
         return self._view(source).clone(memory_format=torch.contiguous_format)
 
     def _view(self, source: Source) -> Tensor:
-        matrix = map_tensor(source, self.tensor)
-        if self.expert is not None:
-            matrix = matrix[self.expert]
-        if self.dequantizer is not None:
-            matrix = self.dequantizer.dequantize(matrix, source, self.expert)
+        matrix = map_tensor(source, self.tensor, self.expert)
         if self.transposed:
             matrix = matrix.mT
-        return matrix[self._rows]
+        return matrix[self.rows]
 
     @property
-    def _rows(self) -> slice:
+    def rows(self) -> slice:
+        """Which of the rows that the tensor holds for this expert."""
         stop = None if self.count is None else self.first + self.count * self.stride
         return slice(self.first, stop, self.stride)
 

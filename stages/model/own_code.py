@@ -7,6 +7,7 @@ from transformers import PreTrainedModel
 from transformers.dynamic_module_utils import get_relative_import_files
 from transformers.utils import TRANSFORMERS_DYNAMIC_MODULE_NAME
 
+from stages.model.build import OWN_CODE
 from stages.model.folder import ELSEWHERE
 from state.identity import digest
 
@@ -17,7 +18,8 @@ def code_digests(model: PreTrainedModel) -> dict[str, str]:
     """
     named = getattr(model.config, "auto_map", None) or {}
     found = {}
-    for kind, entry in ((type(model), "AutoModelForCausalLM"), (type(model.config), "AutoConfig")):
+    built = next((entry for entry in OWN_CODE if entry in named), "")
+    for kind, entry in ((type(model), built), (type(model.config), "AutoConfig")):
         if kind.__module__.partition(".")[0] == TRANSFORMERS_DYNAMIC_MODULE_NAME:
             repository, separator, _ = named.get(entry, "").rpartition(ELSEWHERE)
             main = Path(inspect.getfile(kind))

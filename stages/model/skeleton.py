@@ -2,65 +2,27 @@
 
 Hub names (`model.layers.3.mlp.experts.17.up_proj`) are what engines read and what this project stores. Memory
 names are where transformers keeps the same weights, possibly fused
-(`model.layers.3.mlp.experts.gate_up_proj`). The map runs forward, from hub tensor to parameter, through
-transformers' own conversion rules; a reverse map would have to guess.
-
-`core_model_loading` and `conversion_mapping` are semi-private in transformers; docs/versions.md has what ran.
+(`model.layers.3.mlp.experts.gate_up_proj`).
 """
 
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
-from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 
+from stages.model.build import build_meta_model
+from stages.model.dequantize.stated import without_quantization
+from stages.model.fused_experts import expert_matrices, fused_hub_name
 from stages.model.matrices import StoredMatrix
+from stages.model.modules import ExpertsModule, LinearModule
 from stages.model.plausible import read_config
+from stages.model.tensor_map import map_tensors, operations
 from state.errors import InputError
 from state.reasons import reason
-from state.source import weights_file
-
-
-@dataclass(frozen=True)
-class LinearModule:
-    """An `nn.Linear`, or a router with a weight of its own: y = x Wᵀ with W of shape [out_features,
-    in_features].
-    """
-
-    hub: str
-    memory: str
-    in_features: int
-    out_features: int
-
-
-@dataclass(frozen=True)
-class ExpertsModule:
-    """A module that holds all experts of one layer as three-dimensional parameters.
-
-    up: hub leaves whose weights make up the first projection, in the order they are stacked (`gate_proj`,
-    `up_proj`). down: hub leaf of the second projection. fused_on_hub: the hub stores them fused as well,
-    instead of expert by expert.
-    """
-
-    hub: str
-    memory: str
-    count: int
-    up: tuple[str, ...]
-    down: str
-    up_parameter: str
-    hidden: int
-    intermediate: int
-    fused_on_hub: bool
-
-    def projections(self, expert: int) -> list[str]:
-        """Hub names of one expert's projections, first projection before second."""
-        return [f"{self.hub}.{expert}.{leaf}" for leaf in (*self.up, self.down)]
+from state.source import TensorEntry, weights_file
 
 
 def load_config(folder: Path, trust_remote_code: bool = False) -> PretrainedConfig:
@@ -74,18 +36,6 @@ def load_config(folder: Path, trust_remote_code: bool = False) -> PretrainedConf
         raise InputError(
             f"{folder}/config.json can't be used: {type(error).__name__}: {reason(error)}"
         ) from error
-
-
-def refuse_quantized(config: PretrainedConfig, folder: Path) -> None:
-    """Raise InputError when the source checkpoint is quantized already."""
-    stored = getattr(config, "quantization_config", None)
-    if stored is None:
-        return
-    method = stored.get("quant_method") if isinstance(stored, dict) else getattr(stored, "quant_method", None)
-    raise InputError(
-        f"{folder} is already quantized (quantization_config.quant_method is {method!r}); "
-        "give the unquantized model it was made from as MODEL"
-    )
 
 
 def refuse_other_weights(config: PretrainedConfig, folder: Path) -> None:
@@ -106,17 +56,25 @@ class Skeleton:
     """A model on the meta device and the names of its parts.
 
     Args:
-        config: the model's configuration; it is copied, since building a model writes to it.
-        tensor_names: every tensor name of the hub checkpoint.
+        config: the model's configuration; it is copied, since building a model writes to it, without what it
+            says of quantization: the tensors are plain (stages/model/dequantize).
+        tensors: every tensor of the hub checkpoint, by name.
     Raises InputError when transformers can't build a causal language model from the configuration.
     """
 
     def __init__(
-        self, config: PretrainedConfig, tensor_names: Iterable[str], trust_remote_code: bool = False
+        self, config: PretrainedConfig, tensors: Mapping[str, TensorEntry], trust_remote_code: bool = False
     ) -> None:
-        self.config = type(config).from_dict(config.to_dict())
-        self.model = build_meta_model(self.config, trust_remote_code)
-        self.parameter_of = map_tensors(self.model, tensor_names)
+        plain = type(config).from_dict(without_quantization(config.to_dict()))
+        self.model = build_meta_model(plain, trust_remote_code)
+        self.config = self.model.config
+        self.parameter_of = map_tensors(self.model, tensors)
+        self._tensors = tensors
+        self._trust_remote_code = trust_remote_code
+
+    def build_again(self) -> PreTrainedModel:
+        """Another model like this one, for whoever changes it."""
+        return build_meta_model(self.config, self._trust_remote_code)
 
     @cached_property
     def hub_of(self) -> dict[str, str]:
@@ -173,9 +131,79 @@ class Skeleton:
                 )
         return found
 
+    def holds(self, tensor: str) -> bool:
+        """Whether the checkpoint has a tensor of this name."""
+        return tensor in self._tensors
+
+    @cached_property
+    def embeddings(self) -> set[str]:
+        """Hub tensors of embeddings."""
+        names = {
+            f"{name}.weight"
+            for name, module in self.model.named_modules()
+            if isinstance(module, nn.Embedding)
+        }
+        return {tensor for tensor, (parameter, _) in self.parameter_of.items() if parameter in names}
+
+    def is_of_text(self, memory: str) -> bool:
+        """Whether a module, by memory name, is part of the language model or its output head, and not of a
+        tower or a projector beside it.
+        """
+        if self._text_models is None:
+            return True
+        head = self.model.get_output_embeddings()
+        return self.model.get_submodule(memory) is head or f"{memory}.".startswith(self._text_models)
+
+    @cached_property
+    def _text_models(self) -> tuple[str, ...] | None:
+        """What the memory names of the language model's modules begin with; None where that is the whole."""
+        text = self.config.get_text_config()
+        if text is self.config:
+            return None
+        owners = [
+            name for name, module in self.model.named_modules() if getattr(module, "config", None) is text
+        ]
+        return tuple(f"{name}." for name in owners if name) or None
+
     def matrix(self, module: str) -> StoredMatrix:
         """Where the checkpoint keeps the weight of a linear, router or expert projection, by hub name."""
-        return StoredMatrix(f"{module}.weight")
+        return self._fused_matrices.get(module) or StoredMatrix(f"{module}.weight")
+
+    @cached_property
+    def _fused_matrices(self) -> dict[str, StoredMatrix]:
+        """Where each expert's projections lie, for experts that are fused on the hub."""
+        found: dict[str, StoredMatrix] = {}
+        for experts in self.experts:
+            if not experts.fused_on_hub:
+                continue
+            module = self.model.get_submodule(experts.memory)
+            for parameter, leaves in ((experts.up_parameter, experts.up), ("down_proj", (experts.down,))):
+                sources = self._sources(f"{experts.memory}.{parameter}")
+                found |= expert_matrices(
+                    experts.hub,
+                    leaves,
+                    module,
+                    getattr(module, parameter).shape,
+                    [self._tensors[name] for name in sources],
+                    operations(self.model, sources),
+                )
+        return found
+
+    @cached_property
+    def expert_tensors(self) -> dict[str, str]:
+        """Hub tensor that holds a projection of all experts → hub name of the experts' module."""
+        return {
+            tensor: experts.hub
+            for experts in self.experts
+            if experts.fused_on_hub
+            for parameter in (experts.up_parameter, "down_proj")
+            for tensor in self._sources(f"{experts.memory}.{parameter}")
+        }
+
+    def _sources(self, parameter: str) -> list[str]:
+        """The hub tensors that feed a parameter, in order."""
+        found = [(order, name) for name, (fed, order) in self.parameter_of.items() if fed == parameter]
+        return [name for _, name in sorted(found)]
 
     def projections(self) -> list[str]:
         """Hub names of all that has a weight: linears, routers and each expert's projections."""
@@ -193,7 +221,7 @@ class Skeleton:
         second = self._expert_leaves(f"{memory}.down_proj")
         fused_on_hub = not first
         if fused_on_hub:
-            hub = self._fused_hub_name(f"{memory}.{up_parameter}", memory)
+            hub = self._fused_hub_name(memory, up_parameter)
             first, second = {"gate_proj": hub, "up_proj": hub}, {"down_proj": hub}
             if not module.has_gate:
                 first = {"up_proj": hub}
@@ -207,6 +235,7 @@ class Skeleton:
             hidden=hidden,
             intermediate=width // (2 if module.has_gate else 1),
             fused_on_hub=fused_on_hub,
+            biased=module.has_bias,
         )
 
     def _expert_leaves(self, parameter: str) -> dict[str, str]:
@@ -223,11 +252,9 @@ class Skeleton:
                 leaves[leaf] = (order, experts)
         return {leaf: hub for leaf, (_, hub) in sorted(leaves.items(), key=lambda item: item[1][0])}
 
-    def _fused_hub_name(self, parameter: str, memory: str) -> str:
-        for tensor, (target, _) in self.parameter_of.items():
-            if target == parameter:
-                return tensor.removesuffix(".weight").rpartition(".")[0]
-        return memory
+    def _fused_hub_name(self, memory: str, up_parameter: str) -> str:
+        sources = self._sources(f"{memory}.{up_parameter}")
+        return fused_hub_name(sources[0]) if sources else memory
 
 
 def is_router(module: nn.Module) -> bool:
@@ -242,36 +269,3 @@ def is_router(module: nn.Module) -> bool:
 def is_registry_experts(module: nn.Module) -> bool:
     """True for expert modules whose class carries transformers' `use_experts_implementation` decorator."""
     return hasattr(module, "has_gate") and hasattr(module, "is_transposed") and hasattr(module, "_apply_gate")
-
-
-def build_meta_model(config: PretrainedConfig, trust_remote_code: bool = False) -> PreTrainedModel:
-    """Build the causal language model of `config` on the meta device. Raises InputError where that is
-    impossible.
-    """
-    try:
-        with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
-    except Exception as error:  # as for the configuration
-        raise InputError(
-            "no causal language model can be built from this config.json: "
-            f"{type(error).__name__}: {reason(error)}"
-        ) from error
-    return model.eval()
-
-
-def map_tensors(model: PreTrainedModel, tensor_names: Iterable[str]) -> dict[str, tuple[str, int]]:
-    """Hub tensor → (parameter it feeds, its place among that parameter's sources)."""
-    mapping = get_model_conversion_mapping(model)
-    renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
-    converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
-    meta_state = model.state_dict()
-    targets = {}
-    for name in sorted(tensor_names):
-        parameter, pattern = rename_source_key(
-            name, renamings, converters, model.base_model_prefix, meta_state
-        )
-        order = next(
-            (c.source_patterns.index(pattern) for c in converters if pattern in c.source_patterns), 0
-        )
-        targets[name] = (parameter, order)
-    return targets

@@ -40,9 +40,9 @@ def read_tensor(source: Source, name: str) -> torch.Tensor:
     return tensor
 
 
-def map_tensor(source: Source, name: str) -> torch.Tensor:
-    """A tensor in its stored dtype and shape, as a private mapping of the checkpoint: it takes no memory that
-    can't be reclaimed.
+def map_tensor(source: Source, name: str, index: int | None = None) -> torch.Tensor:
+    """A tensor, or one index into its first axis, as a private mapping of the checkpoint where that holds it
+    so: then it takes no memory that can't be reclaimed. One that is made of codes takes memory of its own.
 
     Raises InputError for a dtype that torch does not have.
     """
@@ -50,8 +50,8 @@ def map_tensor(source: Source, name: str) -> torch.Tensor:
     dtype = TORCH_DTYPES.get(entry.dtype) or OTHER_DTYPES.get(entry.dtype)
     if dtype is None:
         raise InputError(f"{name} is {entry.dtype}, which can't be read; give an unquantized model as MODEL")
-    raw = np.frombuffer(source.private(name), dtype=np.uint8)
-    return torch.from_numpy(raw).view(dtype).reshape(entry.shape)
+    raw = np.frombuffer(source.private(name, index), dtype=np.uint8)
+    return torch.from_numpy(raw).view(dtype).reshape(entry.shape if index is None else entry.shape[1:])
 
 
 def largest_magnitude(values: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:

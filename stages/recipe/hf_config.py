@@ -1,27 +1,27 @@
-"""`config.json` and `hf_quant_config.json` of a quantized checkpoint, as modelopt writes them."""
+"""`config.json` and `hf_quant_config.json` of a quantized checkpoint."""
 
 import json
+from pathlib import Path
 from typing import Any
 
-from stages.model.skeleton import Skeleton
+from stages.model.dequantize.stated import without_quantization
+from state.source import read_json
 
 
-def config_files(skeleton: Skeleton, hf_quant_config: dict[str, Any], dtype: str) -> dict[str, str]:
-    """Name → text of both files, as modelopt's `export_hf_checkpoint` fills them.
+def config_files(folder: Path, hf_quant_config: dict[str, Any]) -> dict[str, str]:
+    """Name → text of both files.
+
+    config.json is the source's own, and the quantization: what transformers writes of a configuration lacks
+    keys that readers of another version need, such as `rope_theta`, without which those take a default.
 
     Args:
-        skeleton: its config is normalized by transformers, as `save_pretrained` does.
+        folder: of the source.
         hf_quant_config: modelopt's quantization config, names as on the hub.
-        dtype: of the unquantized tensors, such as `bfloat16`.
     """
     from modelopt.torch.export.convert_hf_config import convert_hf_quant_config_format
-    from modelopt.torch.export.plugins.hf_checkpoint_utils import sanitize_hf_config_for_deployment
 
-    saved = type(skeleton.config).from_dict(skeleton.config.to_dict())
-    saved.dtype = dtype
-    saved.architectures = [type(skeleton.model).__name__]
-    content = json.loads(saved.to_json_string(use_diff=True))
-    sanitize_hf_config_for_deployment(content, skeleton.model)
+    path = folder / "config.json"
+    content = without_quantization(read_json(path, path.read_bytes(), unique=False))
     files = {}
     quantization = hf_quant_config.get("quantization", {})
     if quantization.get("quant_algo") is not None or quantization.get("kv_cache_quant_algo") is not None:

@@ -25,10 +25,23 @@ from state.identity import digest, digest_json
 from state.source import Source
 
 FOLDER = "plans"
-LAYOUT = 1
+LAYOUT = 2
 """Goes up when the content of a kept plan changes."""
 
 PACKAGES = ("holdfast", "nvidia-modelopt", "torch", "transformers")
+
+
+class _Matrix(BaseModel):
+    """A StoredMatrix; what is not stated is as its class has it."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    tensor: str
+    expert: int | None = None
+    transposed: bool = False
+    first: int = 0
+    stride: int = 1
+    count: int | None = None
 
 
 class _Kept(BaseModel):
@@ -40,12 +53,13 @@ class _Kept(BaseModel):
 
     recipe: dict[str, Any]
     weights: dict[str, tuple[str, int]]
-    matrices: dict[str, str]
+    matrices: dict[str, _Matrix]
     inputs: dict[str, str]
     constant_inputs: dict[str, float]
     kv: dict[str, KvFormat]
     fused_experts: list[str]
     hf_quant_config: dict[str, Any]
+    left_out: dict[str, str]
     dtype: str
     text: dict[str, str | int | None]
     config: dict[str, str]
@@ -81,7 +95,7 @@ def keep_plan(run: Path, folder: Path, source: Source, recipe_name: str, plan: M
 
 
 def _path(run: Path, folder: Path, source: Source, recipe_name: str) -> Path | None:
-    if not is_shipped(recipe_name) or any(folder.glob("*.py")):
+    if not is_shipped(recipe_name) or any(folder.rglob("*.py")):
         return None
     made_from = {
         "layout": LAYOUT,
@@ -95,18 +109,16 @@ def _path(run: Path, folder: Path, source: Source, recipe_name: str) -> Path | N
 
 def _to_kept(plan: ModelPlan) -> _Kept:
     quantizers = plan.quantizers
-    matrices = {module: matrix.tensor for module, matrix in plan.matrices.items()}
-    if plan.matrices != {module: StoredMatrix(tensor) for module, tensor in matrices.items()}:
-        raise NotImplementedError("only matrices that are tensors of their own are kept")
     return _Kept(
         recipe=quantizers.recipe.as_json(),
         weights={module: (weight.name, weight.block_size) for module, weight in quantizers.weights.items()},
-        matrices=matrices,
+        matrices={module: _Matrix(**vars(matrix)) for module, matrix in plan.matrices.items()},
         inputs=quantizers.inputs,
         constant_inputs=quantizers.constant_inputs,
         kv=quantizers.kv,
         fused_experts=sorted(quantizers.fused_experts),
         hf_quant_config=quantizers.hf_quant_config,
+        left_out=quantizers.left_out,
         dtype=plan.dtype,
         text=vars(plan.text),
         config=plan.config,
@@ -123,7 +135,8 @@ def _from_kept(kept: _Kept) -> ModelPlan:
         kv=kept.kv,
         fused_experts=frozenset(kept.fused_experts),
         hf_quant_config=kept.hf_quant_config,
+        left_out=kept.left_out,
     )
-    matrices = {module: StoredMatrix(tensor) for module, tensor in kept.matrices.items()}
+    matrices = {module: StoredMatrix(**vars(matrix)) for module, matrix in kept.matrices.items()}
     text = TextModel(**kept.text)  # type: ignore[arg-type]
     return ModelPlan(quantizers, matrices, kept.dtype, text, kept.config, kept.files)

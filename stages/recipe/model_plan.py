@@ -1,7 +1,7 @@
 """What transformers and modelopt say about a model and a recipe, as plain data that outlives both imports."""
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -45,13 +45,12 @@ def make_plan(folder: Path, source: Source, recipe_name: str, trust_remote_code:
     Raises InputError where either can't be served: see `load_config`, `Skeleton`, `plan_quantizers`.
     """
     from stages.model.plausible import require_possible_counts, require_possible_sizes
-    from stages.model.skeleton import Skeleton, load_config, refuse_other_weights, refuse_quantized
+    from stages.model.skeleton import Skeleton, load_config, refuse_other_weights
     from stages.recipe.quantizers import plan_quantizers
     from stages.recipe.recipes import resolve
 
     require_possible_counts(folder, source.tensors)
     config = load_config(folder, trust_remote_code)
-    refuse_quantized(config, folder)
     refuse_other_weights(config, folder)
     skeleton = Skeleton(config, source.tensors, trust_remote_code)
     require_possible_sizes(folder, skeleton.model, skeleton.parameter_of, source.tensors)
@@ -62,21 +61,31 @@ def describe(
     skeleton: "Skeleton", config: "PretrainedConfig", source: Source, quantizers: QuantizerPlan
 ) -> ModelPlan:
     """The plan of a model whose skeleton and quantizers are there already."""
+    from stages.recipe.excluded import with_all_excluded
     from stages.recipe.hf_config import config_files, with_pre_quant_scale
 
     dtype, solver = stated_dtype(skeleton, source), solver_of(quantizers)
-    plain = quantizers.hf_quant_config
+    matrices = {module: skeleton.matrix(module) for module in quantizers.weights}
+    plain = with_all_excluded(
+        quantizers.hf_quant_config,
+        source.tensors,
+        {module: matrix.tensor for module, matrix in matrices.items()},
+        skeleton.embeddings,
+        skeleton.expert_tensors,
+        quantizers.left_out,
+    )
+    quantizers = replace(quantizers, hf_quant_config=plain)
     variants: dict[Scales, dict[str, object]] = {"plain": plain}
     if solver is not None and solver.needs_pass:
         variants["folded"] = with_pre_quant_scale(plain, separate=False)
         variants["separate"] = with_pre_quant_scale(plain, separate=True)
     return ModelPlan(
         quantizers=quantizers,
-        matrices={module: skeleton.matrix(module) for module in quantizers.weights},
+        matrices=matrices,
         dtype=dtype,
         text=TextModel.of(skeleton.config),
         config=flattened(config),
-        files={where: config_files(skeleton, stated, dtype) for where, stated in variants.items()},
+        files={where: config_files(source.folder, stated) for where, stated in variants.items()},
     )
 
 

@@ -1,5 +1,6 @@
 """The quantizer plan: what a recipe does to a model, as plain data in hub names."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -7,6 +8,22 @@ from stages.formats import WeightFormat
 from stages.recipe.recipes import Recipe
 
 KvFormat = Literal["fp8", "fp8_cast"]
+
+
+MOST_TOLD = 3
+
+
+def told_left_out(left_out: Mapping[str, str]) -> list[str]:
+    """A line for the screen for each reason why modules of a recipe stay as they are, with some of them."""
+    by_reason: dict[str, list[str]] = {}
+    for module, why in left_out.items():
+        by_reason.setdefault(why, []).append(module)
+    return [
+        f"not quantized: {', '.join(modules[:MOST_TOLD])}"
+        + (f" and {len(modules) - MOST_TOLD} more" if len(modules) > MOST_TOLD else "")
+        + f" ({why})"
+        for why, modules in by_reason.items()
+    ]
 
 
 @dataclass(frozen=True)
@@ -17,7 +34,8 @@ class QuantizerPlan:
     too → the name of modelopt's quantizer. constant_inputs: those whose amax the recipe fixes. kv: attention
     module → KV cache format (`fp8_cast`: the recipe fixes the scale at one). fused_experts: expert
     projections that share one quantizer per layer. hf_quant_config: what modelopt writes to
-    `hf_quant_config.json`, names mapped to the hub's.
+    `hf_quant_config.json`, names mapped to the hub's. left_out: module or quantizer that the recipe names and
+    that stays as it is → the reason.
     """
 
     recipe: Recipe
@@ -27,3 +45,4 @@ class QuantizerPlan:
     kv: dict[str, KvFormat] = field(default_factory=dict)
     fused_experts: frozenset[str] = frozenset()
     hf_quant_config: dict[str, Any] = field(default_factory=dict)
+    left_out: dict[str, str] = field(default_factory=dict)

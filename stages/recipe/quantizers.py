@@ -13,7 +13,9 @@ from typing import Any
 from torch import nn
 
 from stages.formats import TABLE, WeightFormat
-from stages.model.skeleton import ExpertsModule, Skeleton, build_meta_model
+from stages.model.engine_fused import fused_with
+from stages.model.modules import ExpertsModule
+from stages.model.skeleton import Skeleton
 from stages.recipe.quantizer_plan import KvFormat, QuantizerPlan
 from stages.recipe.recipes import ALGORITHMS, Recipe
 from state.errors import InputError
@@ -34,11 +36,14 @@ def plan_quantizers(skeleton: Skeleton, recipe: Recipe) -> QuantizerPlan:
             f"recipe {recipe.name!r} asks for the algorithm {recipe.algorithm!r}, "
             f"which is not supported yet; supported: {', '.join(ALGORITHMS)}"
         )
-    model = build_meta_model(type(skeleton.config).from_dict(skeleton.config.to_dict()))
+    model = skeleton.build_again()
     _insert(model, recipe)
     reader = _PlanReader(skeleton, recipe)
     for name, module in model.named_modules():
         reader.read(name, module)
+    reader.leave_out_ignored(model)
+    reader.leave_out_towers()
+    reader.leave_out_half_groups()
     reader.refuse_unserved()
     return QuantizerPlan(
         recipe=recipe,
@@ -48,6 +53,7 @@ def plan_quantizers(skeleton: Skeleton, recipe: Recipe) -> QuantizerPlan:
         kv=reader.kv,
         fused_experts=frozenset(reader.fused),
         hf_quant_config=_hub_names(get_quant_config(model), skeleton),
+        left_out=reader.left_out,
     )
 
 
@@ -78,6 +84,7 @@ class _PlanReader:
         self.fused: set[str] = set()
         self.served: set[str] = set()
         self.enabled: dict[str, Any] = {}
+        self.left_out: dict[str, str] = {}
 
     def read(self, name: str, module: nn.Module) -> None:
         from modelopt.torch.quantization.nn import TensorQuantizer
@@ -100,7 +107,7 @@ class _PlanReader:
         self._input([hub], f"{memory}.input_quantizer", module.input_quantizer)
 
     def _read_experts(self, experts: ExpertsModule, module: nn.Module) -> None:
-        if experts.fused_on_hub:
+        if experts.fused_on_hub and experts.biased:
             self._refuse_fused(experts, module)
             return
         for parameter, leaves in ((experts.up_parameter, experts.up), ("down_proj", (experts.down,))):
@@ -118,14 +125,16 @@ class _PlanReader:
             self.fused.update(hubs)
 
     def _refuse_fused(self, experts: ExpertsModule, module: nn.Module) -> None:
-        """Raise InputError where the recipe quantizes experts that the checkpoint stores as one tensor."""
+        """Raise InputError where the recipe quantizes experts with biases that the checkpoint stores as one
+        tensor: no engine is known to read those expert by expert.
+        """
         from modelopt.torch.quantization.nn import TensorQuantizer
 
         if any(part.is_enabled for part in module.modules() if isinstance(part, TensorQuantizer)):
             raise InputError(
-                f"recipe {self.recipe.name!r} quantizes {experts.hub}, whose experts the checkpoint stores "
-                "fused in one tensor; that is not supported yet; supported: experts stored one by one, or a "
-                "recipe that leaves them alone"
+                f"recipe {self.recipe.name!r} quantizes {experts.hub}, whose experts have biases and are "
+                "stored fused in one tensor; that is not supported yet; supported: a recipe that leaves them "
+                "alone, such as general/ptq/nvfp4_omlp_only-kv_fp8"
             )
 
     def _read_attention(self, memory: str, module: nn.Module) -> None:
@@ -171,9 +180,61 @@ class _PlanReader:
         if quantizer._constant_amax is not None:
             self.constants.update(dict.fromkeys(hubs, float(quantizer._constant_amax)))
 
+    def leave_out_ignored(self, model: nn.Module) -> None:
+        """Pass over quantizers of modules that multiply with no matrix, such as norms and convolutions:
+        modelopt places them, and its exporter writes nothing of them.
+        """
+        known = self.linear_names.keys() | self.expert_modules.keys()
+        for name in sorted(self.enabled.keys() - self.served):
+            memory = name.rpartition(".")[0]
+            owner = model.get_submodule(memory)
+            own = owner._parameters.get("weight")
+            if memory not in known and own is not None and not isinstance(owner, nn.Linear):
+                kind = type(owner).__name__.removeprefix("Quant")
+                self.served.add(name)
+                hub = f"{self.skeleton.hub_name(memory)}.{name.rpartition('.')[2]}"
+                self.left_out[hub] = f"modelopt's exporter writes nothing of a {kind}'s quantizers"
+
+    def leave_out_towers(self) -> None:
+        """Leave linears unquantized that text never reaches: towers for images and sound, and projectors."""
+        for memory, hub in self.linear_names.items():
+            if hub in self.weights and not self.skeleton.is_of_text(memory):
+                self._leave_out(hub, "text does not reach it, so nothing is known of its inputs")
+
+    def leave_out_half_groups(self) -> None:
+        """Leave linears unquantized that engines load as one matrix with others which the checkpoint holds
+        and the model class never builds, so that nothing is known of their inputs.
+        """
+        built = set(self.linear_names.values())
+        for module in list(self.weights):
+            unbuilt = [
+                other
+                for other in fused_with(module)
+                if other not in built and self.skeleton.holds(f"{other}.weight")
+            ]
+            if unbuilt and module in built:
+                names = ", ".join(unbuilt)
+                self._leave_out(
+                    module,
+                    f"engines load it as one matrix with {names}, which the model class does not build",
+                )
+
+    def _leave_out(self, module: str, why: str) -> None:
+        del self.weights[module]
+        self.inputs.pop(module, None)
+        self.constants.pop(module, None)
+        self.left_out[module] = why
+
     def refuse_unserved(self) -> None:
-        """Raise InputError naming every enabled quantizer that no kept statistic serves."""
+        """Raise InputError naming every enabled quantizer that no kept statistic serves, and where the recipe
+        quantizes K and V and no attention is known to have any.
+        """
         unserved = sorted(self.enabled.keys() - self.served)
+        if not (self.kv or unserved) and any(_asks_for_kv(rule) for rule in self.recipe.quant_cfg):
+            raise InputError(
+                f"recipe {self.recipe.name!r} quantizes KV caches, and modelopt finds no attention in "
+                f"{type(self.skeleton.model).__name__} to do so; choose a recipe that leaves them alone"
+            )
         if unserved:
             shown = ", ".join(unserved[:5]) + (f" and {len(unserved) - 5} more" if len(unserved) > 5 else "")
             raise InputError(
@@ -181,6 +242,11 @@ class _PlanReader:
                 "supported: weights and inputs of linears and experts by max, FP8 K and V caches per tensor, "
                 "without bias or rotation"
             )
+
+
+def _asks_for_kv(rule: dict[str, Any]) -> bool:
+    names = rule.get("quantizer_name", "")
+    return "bmm_quantizer" in names and rule.get("cfg") is not None and rule.get("enable") is not False
 
 
 def _in_sequence(quantizer: Any) -> list[Any]:

@@ -154,7 +154,7 @@ def _fold_group(group: Group, places: list[Place], scales: Mapping[str, Tensor],
     for name, weights in group.members.items():
         row = next(
             (
-                place.site.source_rows(place.sources[name], scales[place.name])
+                place.site.module_rows(place.sources[name], scales[place.name])
                 for place in places
                 if name in place.sources and place.name in scales
             ),

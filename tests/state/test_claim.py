@@ -31,6 +31,15 @@ def test_a_claim_given_up_leaves_nothing(tmp_path: Path) -> None:
         assert run.is_dir()
 
 
+def test_the_lock_of_a_folder_put_in_its_place_stays(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    with Claim(run):
+        run.rename(tmp_path / "elsewhere")
+        run.mkdir()
+        (run / ".lock").touch()
+    assert (run / ".lock").exists()
+
+
 def test_a_folder_that_was_there_stays(tmp_path: Path) -> None:
     with pytest.raises(ZeroDivisionError), Claim(tmp_path):
         _ = 1 / 0

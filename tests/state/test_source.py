@@ -1,5 +1,7 @@
 import json
+import os
 import struct
+import time
 from pathlib import Path
 from typing import Any
 
@@ -91,6 +93,29 @@ def test_no_such_tensor(tmp_path: Path) -> None:
     source = Source.open(single(tmp_path, {"a": entry("U8", [1], 0, 1)}, b"a"))
     with pytest.raises(InputError, match="has no tensor b"):
         source.read("b")
+
+
+def test_a_file_that_was_only_touched_is_digested_again(tmp_path: Path) -> None:
+    path = tmp_path / "model.safetensors"
+    save_file({"a": np.arange(4, dtype=np.float32)}, path)
+    source = Source.open(tmp_path)
+    time.sleep(0.02)  # file systems tell times by the tick
+    path.chmod(0o600)
+    with pytest.raises(IdentityMismatch):  # nothing was digested, so nothing tells
+        source.require_unchanged()
+    source = Source.open(tmp_path)
+    source.digests(1)
+    time.sleep(0.02)
+    path.chmod(0o644)
+    (tmp_path / "another name").hardlink_to(path)
+    source.require_unchanged()
+    times = path.stat()
+    with path.open("r+b") as file:
+        file.seek(-1, os.SEEK_END)
+        file.write(b"x")
+    os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))
+    with pytest.raises(IdentityMismatch, match="has changed while it was worked from"):
+        source.require_unchanged()
 
 
 def test_bytes_are_compared_with_what_was_digested(tmp_path: Path) -> None:

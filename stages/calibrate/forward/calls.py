@@ -104,7 +104,7 @@ def differing(
                 found.append(index)
         elif isinstance(left, torch.Tensor) or isinstance(right, torch.Tensor) or left != right:
             raise LayerwiseUnsupported(
-                f"a layer's argument changes from {left!r} to {right!r} from batch to batch"
+                f"a layer's argument is {_described(left)} in one batch and {_described(right)} in another"
             )
     return found
 
@@ -290,3 +290,10 @@ def unpack_carried(state: State, carried: Mapping[str, MutableMapping[Any, Any]]
             key, *place = path
             # Places of a tuple follow one another, as they were packed.
             carried[name][key] = (*carried[name].get(key, ()), value) if place else value
+
+
+def _described(value: Any) -> str:
+    """An argument for a message: of a tensor no values."""
+    if isinstance(value, torch.Tensor):
+        return f"a tensor of shape {list(value.shape)}"
+    return repr(value)

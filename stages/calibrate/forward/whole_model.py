@@ -1,6 +1,7 @@
 """Loads the model whole, onto one device, and refuses what transformers would let pass in silence."""
 
 import copy
+import json
 from pathlib import Path
 
 import torch
@@ -14,6 +15,9 @@ from stages.recipe.model_plan import stated_dtype
 from state.errors import InputError
 from state.reasons import reason
 from state.source import Source
+
+PROCESSOR_TEMPLATE = "chat_template.json"
+"""Where multimodal models keep the chat template that they have in common for text and images."""
 
 
 def pick_device(name: str) -> torch.device:
@@ -98,9 +102,16 @@ class _Stored:
 
 
 def load_tokenizer(folder: Path, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
-    """The model's tokenizer. Raises InputError where the folder holds none that works."""
+    """The model's tokenizer, with the chat template of its processor where it has none of its own.
+
+    Raises InputError where the folder holds none that works.
+    """
     require_possible_ids(folder)
     try:
-        return AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
+        processor = folder / PROCESSOR_TEMPLATE
+        if not getattr(tokenizer, "chat_template", None) and processor.is_file():
+            tokenizer.chat_template = json.loads(processor.read_text(encoding="utf-8"))["chat_template"]
+        return tokenizer
     except Exception as error:  # tokenizers raises bare Exception for a malformed tokenizer.json
         raise InputError(f"the tokenizer in {folder} can't be loaded: {reason(error)}") from error

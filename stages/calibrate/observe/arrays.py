@@ -3,7 +3,8 @@ store's layout.
 """
 
 from stages.calibrate.observe.relations import Probe, relations
-from stages.model.skeleton import ExpertsModule, Skeleton
+from stages.model.modules import ExpertsModule
+from stages.model.skeleton import Skeleton
 from state.layout import Layout, Relation, arrange
 from state.names import Role, Site, split_name
 

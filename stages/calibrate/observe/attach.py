@@ -13,7 +13,8 @@ from stages.calibrate.observe.accumulate import Accumulators
 from stages.calibrate.observe.attention import channels_last, observed_attention
 from stages.calibrate.observe.experts import expert_parameters, watch_experts
 from stages.calibrate.observe.sinks import Place, Sink
-from stages.model.skeleton import ExpertsModule, Skeleton
+from stages.model.modules import ExpertsModule
+from stages.model.skeleton import Skeleton
 from state.layout import Layout, SiteArray
 from state.names import Site, split_name
 
@@ -80,7 +81,7 @@ def observed_keys_and_values(
         for (array, place), values in zip(located(module), observed, strict=True):
             sink.add(array, place, channels_last(values))
 
-    with observed_attention(model, key_value):
+    with observed_attention(key_value):
         yield
 
 

@@ -1,72 +1,88 @@
 """K and V as attention sees them: after rotary embedding, before any repetition over query heads.
 
-transformers dispatches attention through a public registry. A wrapper registered there sees K and V; the mask
-function of the wrapped implementation has to be registered under the same name, or sliding windows silently
-lose their mask.
+transformers dispatches attention through a public registry, by the implementation's name. What the registry
+hands out is wrapped, and the name stays: models ask for it (some build a sparse mask for "sdpa" and "eager"
+alone), and masks are looked up by it.
 """
 
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import wraps
 from typing import Any
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel
-from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.masking_utils import AttentionMaskInterface
+from transformers.modeling_utils import AttentionInterface
 
 KvObserver = Callable[[nn.Module, torch.Tensor, torch.Tensor], None]
 
 
 @contextmanager
-def observed_attention(model: PreTrainedModel, observe: KvObserver) -> Iterator[None]:
+def observed_attention(observe: KvObserver) -> Iterator[None]:
     """Within the context, call `observe(attention_module, k, v)` with [batch, kv_heads, tokens, head_dim] at
-    every attention.
+    every attention of every model.
 
-    The attention itself is the implementation the model had before; its outputs are untouched.
+    The attention itself is the implementation the model has; its outputs are untouched.
     """
-    before = model.config._attn_implementation or "eager"
-    name = f"holdfast_{before}"
 
-    def forward(
-        module: nn.Module,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        *args: Any,
-        **kwargs: Any,
-    ) -> Any:
-        observe(module, key, value)
-        return _implementation(before, module)(module, query, key, value, *args, **kwargs)
+    def watched(attend: Callable[..., Any]) -> Callable[..., Any]:
+        if getattr(attend, "is_watched", False):  # `get_interface` looks up by `__getitem__`
+            return attend
 
-    ALL_ATTENTION_FUNCTIONS.register(name, forward)
-    on_meta = model.device.type == "meta"  # no values there to build a mask from
-    ALL_MASK_ATTENTION_FUNCTIONS.register(name, _no_mask if on_meta else ALL_MASK_ATTENTION_FUNCTIONS[before])
-    model.set_attn_implementation(name)
+        @wraps(attend)
+        def forward(
+            module: nn.Module,
+            query: torch.Tensor,
+            key: torch.Tensor,
+            value: torch.Tensor,
+            *args: Any,
+            **kwargs: Any,
+        ) -> Any:
+            observe(module, key, value)
+            return attend(module, query, key, value, *args, **kwargs)
+
+        forward.is_watched = True  # type: ignore[attr-defined]
+        return forward
+
+    with (
+        _results_changed(AttentionInterface, "get_interface", watched),
+        _results_changed(AttentionInterface, "__getitem__", watched),
+        _results_changed(AttentionMaskInterface, "__getitem__", _unless_on_meta),
+    ):
+        yield
+
+
+@contextmanager
+def _results_changed(
+    cls: type, name: str, change: Callable[[Callable[..., Any]], Callable[..., Any]]
+) -> Iterator[None]:
+    """Within the context, a method that looks functions up returns them changed."""
+    own, method = cls.__dict__.get(name), getattr(cls, name)
+
+    def lookup(*args: Any) -> Callable[..., Any]:
+        return change(method(*args))
+
+    setattr(cls, name, lookup)
     try:
         yield
     finally:
-        model.set_attn_implementation(before)
-        # The registries have no way to take an entry back; what it refers to must not outlive the context.
-        ALL_ATTENTION_FUNCTIONS._global_mapping.pop(name)
-        ALL_MASK_ATTENTION_FUNCTIONS._global_mapping.pop(name)
+        if own is None:
+            delattr(cls, name)
+        else:
+            setattr(cls, name, own)
 
 
-def _implementation(name: str, module: nn.Module) -> Callable[..., Any]:
-    """The registered attention function, or for `eager` the one in the module's own source file."""
-    if name in ALL_ATTENTION_FUNCTIONS:
-        registered: Callable[..., Any] = ALL_ATTENTION_FUNCTIONS[name]
-        return registered
-    for cls in type(module).__mro__:  # a class made by modelopt at run time has its origin further up
-        own: Callable[..., Any] | None = getattr(sys.modules[cls.__module__], "eager_attention_forward", None)
-        if own is not None:
-            return own
-    raise LookupError(f"{type(module).__name__} has no eager_attention_forward")
+def _unless_on_meta(build: Callable[..., Any]) -> Callable[..., Any]:
+    """A mask function that builds none on the meta device, which has no values to build one from. A model may
+    be in several places: a tower that is never loaded stays on meta.
+    """
 
+    def mask(*args: Any, **kwargs: Any) -> Any:
+        device = kwargs.get("device")
+        return None if device is not None and device.type == "meta" else build(*args, **kwargs)
 
-def _no_mask(*_args: Any, **_kwargs: Any) -> None:
-    return None
+    return mask
 
 
 def channels_last(tensor: torch.Tensor) -> torch.Tensor:

@@ -19,19 +19,12 @@ from transformers import PreTrainedModel
 
 from stages.calibrate.observe.attention import observed_attention
 from stages.calibrate.observe.lm_head import without_logits
+from stages.model.engine_fused import ENGINE_FUSED
 from stages.model.skeleton import Skeleton, is_registry_experts
 from state.layout import Relation, RelationKind
 from state.names import split_name
 
 PROBE_TOKENS = 8
-
-# Leaves that serving engines load into one weight, so that they must share their scales.
-ENGINE_FUSED = (
-    ("q_proj", "k_proj", "v_proj"),
-    ("gate_proj", "up_proj"),
-    ("w1", "w3"),
-    ("q_a_proj", "kv_a_proj_with_mqa"),
-)
 
 
 @dataclass
@@ -89,7 +82,7 @@ def probe(skeleton: Skeleton, model: PreTrainedModel) -> Probe:
         with (
             torch.inference_mode(),
             without_logits(model),
-            observed_attention(model, key_value),
+            observed_attention(key_value),
             _shapes_only(model),
         ):
             # With an explicit mask transformers doesn't search the positions for packed documents.

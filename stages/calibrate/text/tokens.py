@@ -1,20 +1,24 @@
 """Text becomes one int32 matrix of fixed windows: no padding, nothing truncated."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
-from typing import Any
+from itertools import pairwise
 
 import numpy as np
 from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
+from stages.calibrate.text.chat import render_chat
+from stages.calibrate.text.encode import encode, prefix_of
+from stages.calibrate.text.left_out import LeftOut
 from stages.calibrate.text.texts import Piece, read_documents
+from stages.calibrate.text.windows import Stretch, cut, evenly, joined, stretches, thinned
 from stages.progress import Progress
+from stages.settings import Take
 from state.errors import InputError
-from state.reasons import reason
 
-GROUP_PIECES = 64
-GROUP_CHARACTERS = 1 << 20
+ROOM = 16
+"""Characters of a stretch for each token of the window taken from it; few texts need more."""
 
 
 def token_matrix(
@@ -25,17 +29,19 @@ def token_matrix(
     seq: int,
     split: str = "train",
     column: str | None = None,
+    take: Take = "first",
     progress: Progress,
 ) -> NDArray[np.int32]:
     """The calibration tokens of `data`: documents in order, the end-of-text token between, cut into windows.
 
-    Reading stops as soon as samples * seq tokens are there; a remainder shorter than a window is dropped. Too
-    little text is warned about.
+    What the tokenizer puts before a text (BOS) begins every window, once, and counts. A remainder shorter
+    than a window is dropped. Too little text is warned about, and so is what of DATA is left out.
 
     Args:
-        tokenizer: of the model; adds no special tokens of its own here.
+        tokenizer: of the model.
         data, split, column: see `read_documents`.
         samples: windows wanted. seq: tokens per window.
+        take: the first windows, reading no further; or windows spread evenly over the whole of DATA.
 
     Returns:
         int32 [windows, seq] with 1 <= windows <= samples.
@@ -43,87 +49,81 @@ def token_matrix(
     Raises:
         InputError: there is no text, less than one window of it, or a message list and no chat template.
     """
-    wanted = samples * seq
-    progress.start("tokenize", wanted, "tokens")
-    collected: list[NDArray[np.int32]] = []
-    count = 0
-    documents = read_documents(data, split=split, column=column, render=partial(_render, tokenizer))
-    for ids in _encode(tokenizer, documents):
-        progress.advance(min(len(ids), wanted - count))
-        collected.append(ids)
-        count += len(ids)
-        if count >= wanted:
-            break
-    progress.finish()
-    if count == 0:
-        raise InputError(f"DATA {data} holds no text.")
-    windows = min(count // seq, samples)
-    if windows == 0:
+    prefix = prefix_of(tokenizer)
+    body = seq - len(prefix)
+    if body < 1:
         raise InputError(
-            f"DATA {data} gives {count:,} tokens, less than one window of {seq:,}: "
-            f"give more text, or --seq {count}."
+            f"--seq {seq} leaves no token of text beside the {len(prefix)} that the tokenizer puts before it."
         )
-    if windows < samples:
+    left_out = LeftOut()
+    documents = read_documents(
+        data, split=split, column=column, render=partial(render_chat, tokenizer), left_out=left_out
+    )
+    ids = partial(encode, tokenizer, prefix)
+    if take == "first":
+        tokens = _first(ids(documents), samples * body, progress)
+    else:
+        tokens = _spread(ids, documents, samples, body, progress)
+    for line in left_out.said():
+        progress.warn(line)
+    if len(tokens) == 0:
+        raise InputError(f"DATA {data} holds no text.")
+    windows = cut(tokens, prefix, seq)
+    if len(windows) == 0:
+        raise InputError(
+            f"DATA {data} gives {len(tokens):,} tokens, less than one window of {body:,}: "
+            f"give more text, or --seq {len(tokens) + len(prefix)}."
+        )
+    if len(windows) < samples:
         progress.warn(
-            f"too little text: {data} gives {windows:,} of {samples:,} windows of {seq:,} tokens; "
+            f"too little text: {data} gives {len(windows):,} of {samples:,} windows of {seq:,} tokens; "
             "calibrating with these."
         )
-    return np.concatenate(collected)[: windows * seq].reshape(windows, seq)
+    return windows[evenly(len(windows), samples)]
 
 
-def _encode(tokenizer: PreTrainedTokenizerBase, pieces: Iterator[Piece]) -> Iterator[NDArray[np.int32]]:
-    """Token ids piece by piece, the end-of-text token before every document but the first."""
-    end = np.array([] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id], dtype=np.int32)
-    separator = np.empty(0, dtype=np.int32)
-    for group in _groups(pieces):
-        for piece, ids in zip(group, _token_ids(tokenizer, group), strict=True):
-            if len(ids):
-                yield np.concatenate([separator, ids]) if piece.begins else ids
-                separator = end
+def _first(ids: Iterator[NDArray[np.int32]], wanted: int, progress: Progress) -> NDArray[np.int32]:
+    """The first tokens, at most as many as wanted, reading no further."""
+    progress.start("tokenize", wanted, "tokens")
+    collected = [np.empty(0, dtype=np.int32)]
+    missing = wanted
+    for some in ids:
+        progress.advance(min(len(some), missing))
+        collected.append(some[:missing])
+        missing -= len(collected[-1])
+        if not missing:
+            break
+    progress.finish()
+    return np.concatenate(collected)
 
 
-def _token_ids(tokenizer: PreTrainedTokenizerBase, pieces: list[Piece]) -> list[NDArray[np.int32]]:
-    try:
-        encoded = tokenizer(
-            [piece.text for piece in pieces],
-            add_special_tokens=False,
-            padding=False,
-            truncation=False,
-            return_attention_mask=False,
-            verbose=False,
-        )
-        return [np.array(ids, dtype=np.int32) for ids in encoded["input_ids"]]
-    except Exception as error:  # what a tokenizer does with odd settings of its own, only it knows
-        raise InputError(
-            f"the model's tokenizer fails on this text: {reason(error)}. Are its files whole, and the "
-            "model's own?"
-        ) from error
+def _spread(
+    ids: Callable[[Iterator[Piece]], Iterator[NDArray[np.int32]]],
+    documents: Iterator[Piece],
+    samples: int,
+    body: int,
+    progress: Progress,
+) -> NDArray[np.int32]:
+    """Tokens of windows spread over all documents, which are read once: all tokens where they are few, else
+    those that begin some stretches of text, each as far from the next.
+    """
+    progress.stage("reading all of DATA")
+    parts, all_of_them = thinned(stretches(documents, ROOM * body), samples)
+    progress.stage("tokenizing what was taken of it")
+    nothing = np.empty(0, dtype=np.int32)
+    if all_of_them:
+        return np.concatenate([nothing, *ids(joined(parts))])
+    chosen = [*evenly(len(parts), samples), len(parts)]
+    begins = [_begin_of_one(ids, parts[at:following], body) for at, following in pairwise(chosen)]
+    return np.concatenate([nothing, *begins])
 
 
-def _groups(pieces: Iterator[Piece]) -> Iterator[list[Piece]]:
-    """Pieces in groups large enough for the tokenizer to work on in parallel, small enough to stop early."""
-    group: list[Piece] = []
-    characters = 0
-    for piece in pieces:
-        if not piece.text:
-            continue
-        group.append(piece)
-        characters += len(piece.text)
-        if len(group) == GROUP_PIECES or characters >= GROUP_CHARACTERS:
-            yield group
-            group, characters = [], 0
-    if group:
-        yield group
-
-
-def _render(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]]) -> str:
-    if not getattr(tokenizer, "chat_template", None):
-        raise InputError(
-            "chat messages, and the model's tokenizer has no chat template to write them with. "
-            "Use an instruction-tuned model's tokenizer, or give plain text (--column names a text column)."
-        )
-    try:
-        text: Any = tokenizer.apply_chat_template(messages, tokenize=False)
-    except Exception as error:  # templates raise jinja2 errors, and whatever their code raises
-        raise InputError(f"the tokenizer's chat template refuses this conversation: {error}") from error
-    return str(text)
+def _begin_of_one(
+    ids: Callable[[Iterator[Piece]], Iterator[NDArray[np.int32]]], parts: list[Stretch], body: int
+) -> NDArray[np.int32]:
+    """The first `body` tokens of the first stretch that has so many; none where none has."""
+    for part in parts:
+        tokens = np.concatenate([np.empty(0, dtype=np.int32), *ids(iter(part.pieces))])
+        if len(tokens) >= body:
+            return tokens[:body]
+    return np.empty(0, dtype=np.int32)

@@ -254,11 +254,11 @@ def test_a_checkpoint_without_one_tensor_is_refused(inputs: Path, tmp_path: Path
         calibrate(settings(inputs, tmp_path / "run", model=str(model)), Silent())
 
 
-def test_a_quantized_source_is_refused(inputs: Path, tmp_path: Path) -> None:
+def test_a_source_that_is_only_said_to_be_quantized_is_refused(inputs: Path, tmp_path: Path) -> None:
     model = tmp_path / "model"
     shutil.copytree(inputs / "model", model)
     config = json.loads((model / "config.json").read_text())
     config["quantization_config"] = {"quant_method": "fp8", "weight_block_size": [128, 128]}
     (model / "config.json").write_text(json.dumps(config))
-    with pytest.raises(InputError, match=r"already quantized .*'fp8'"):
+    with pytest.raises(InputError, match=r"already quantized .*'fp8'\), and no tensor is"):
         calibrate(settings(inputs, tmp_path / "run", model=str(model)), Silent())

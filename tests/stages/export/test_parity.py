@@ -94,6 +94,16 @@ class TestDifferencesOfChoice:
         for name in ("tokenizer.json", "tokenizer_config.json"):
             assert (scratch / "ours" / name).read_bytes() == (scratch / "model" / name).read_bytes()
 
+    def test_config_json_is_the_source_s_own(self, scratch: Path, text: Path) -> None:
+        path = scratch / "model" / "config.json"
+        stored = support.parsed(path) | {"rope_theta": 50000.0, "torch_dtype": "float32", "of_ours": [1]}
+        del stored["rope_parameters"], stored["dtype"]
+        path.write_text(json.dumps(stored))
+        self.both(scratch, text, "fp8")
+        ours, theirs = (support.parsed(scratch / side / "config.json") for side in ("ours", "theirs"))
+        assert ours == stored | {"quantization_config": theirs["quantization_config"]}
+        assert "rope_theta" not in theirs and theirs["rope_parameters"]["rope_theta"] == 50000.0
+
     def test_generation_config_is_carried_unchanged(self, scratch: Path, text: Path) -> None:
         stored = {"do_sample": False, "top_k": 5, "eos_token_id": 0}
         (scratch / "model" / "generation_config.json").write_text(json.dumps(stored))

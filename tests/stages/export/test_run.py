@@ -283,7 +283,7 @@ class TestSourceRefused:
             "quantization_config": {"quant_method": "fp8"}
         }
         (copy / "config.json").write_text(json.dumps(config))
-        self.refuse(made, copy, InputError, "is already quantized")
+        self.refuse(made, copy, InputError, "says that the checkpoint is already quantized")
 
     def test_absent(self, made: Path, copy: Path) -> None:
         shutil.rmtree(copy)

@@ -2,13 +2,13 @@
 
 import math
 import struct
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import save_file
 
+from stages.export.checked import CheckedSource
 from stages.export.rescale import Rescaling
 from stages.export.shards import TensorSpec
 from stages.export.tensors import Ingredients, TensorMaker
@@ -107,7 +107,7 @@ def test_weights_that_are_not_finite_are_refused(tmp_path: Path, bad: float) -> 
 def test_tensors_of_another_model_are_refused_all_at_once(tmp_path: Path, name: str) -> None:
     one = maker(tmp_path, WEIGHT, NVFP4, 6.0)
     recorded = {**one.ingredients.digests, name: "F32[1] xxh3:0", "extra": "F32[1] xxh3:1"}
-    one.ingredients = replace(one.ingredients, digests=recorded)
+    one.checked = CheckedSource(one.ingredients.source, recorded)
     with pytest.raises(IdentityMismatch) as caught:
         made(one, name)
     assert {difference.field for difference in caught.value.differences} == {

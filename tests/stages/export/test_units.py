@@ -163,15 +163,6 @@ class TestRefused:
         ):
             planned(source(norm__weight=("BF16", (4,))), quantizers(weights={"lm_head": FP8}))
 
-    @pytest.mark.parametrize("name", ["up__weight_scale", "up__weight_scale_inv", "up__weight_packed"])
-    def test_a_quantized_source_by_its_scales(self, name: str) -> None:
-        with pytest.raises(InputError, match="the source is already quantized"):
-            planned(source(**{name: ("BF16", (4,))}), quantizers())
-
-    def test_a_quantized_source_by_its_dtype(self) -> None:
-        with pytest.raises(InputError, match=r"already quantized \(up\.weight is F8_E4M3\)"):
-            planned(source(up__weight=("F8_E4M3", (4, 4))), quantizers())
-
     def test_a_name_taken_already(self) -> None:
         plan = quantizers(weights={"up": NVFP4}, inputs={"up": "q"})
         with pytest.raises(InputError, match=r"already holds up\.input_scale"):

@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedModel
 
-from stages.model.skeleton import map_tensors
+from stages.model.tensor_map import map_tensors
 from state.layout import Relation
 from state.names import split_name
 

@@ -108,11 +108,22 @@ def test_every_name_of_a_hub_checkpoint_with_other_names(tmp_path: Path) -> None
     assert "model.layers.0.block_sparse_moe.gate" in excluded
 
 
-@pytest.mark.parametrize("family", ["gemma4_moe", "gpt_oss"])
-def test_experts_that_the_hub_stores_fused_are_refused(family: str, tmp_path: Path) -> None:
-    folder = families.save_tiny(family, tmp_path / "model")
+def test_experts_that_the_hub_stores_fused_are_named_one_by_one(tmp_path: Path) -> None:
+    folder = families.save_tiny("gemma4_moe", tmp_path / "model")
+    skeleton = Skeleton(load_config(folder), Source.open(folder).tensors)
+    plan = plan_quantizers(skeleton, resolve("fp8"))
+    (experts, *_) = skeleton.experts
+    expected = {f"{experts.hub}.{number}.{leaf}" for number in range(experts.count) for leaf in EXPERT_LEAVES}
+    assert expected <= plan.weights.keys() & plan.inputs.keys() & plan.fused_experts
+    up = skeleton.matrix(f"{experts.hub}.1.up_proj")
+    assert (up.tensor, up.expert) == (f"{experts.hub}.gate_up_proj", 1)
+    assert (up.first, up.stride, up.count) == (experts.intermediate, 1, experts.intermediate)
+
+
+def test_fused_experts_with_biases_are_refused(tmp_path: Path) -> None:
+    folder = families.save_tiny("gpt_oss", tmp_path / "model")
     skeleton = Skeleton(load_config(folder), Source.open(folder).tensors)
     with pytest.raises(
-        InputError, match=r"model\.layers\.0\..*experts, whose experts .* fused in one tensor"
+        InputError, match=r"model\.layers\.0\..*experts, whose experts have biases and are stored fused"
     ):
         plan_quantizers(skeleton, resolve("fp8"))

@@ -3,12 +3,18 @@
 import io
 import json
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
+import datasets
 import pyarrow
 import pyarrow.parquet
 import pytest
 
-from stages.calibrate.text.texts import DataUnreachable, Piece, read_documents
+from stages.calibrate.text.files import DataUnreachable
+from stages.calibrate.text.left_out import LeftOut
+from stages.calibrate.text.messages import Message
+from stages.calibrate.text.texts import Piece, read_documents
 from state.errors import InputError
 
 
@@ -17,12 +23,17 @@ def write_jsonl(path: Path, *rows: object) -> Path:
     return path
 
 
-def render(messages: list[dict[str, str]]) -> str:
+def render(messages: list[Message], tools: list[Any] | None) -> str:
     return "|".join(f"{message['role']}:{message['content']}" for message in messages)
 
 
-def texts(data: Path | str, column: str | None = None, split: str = "train") -> list[str]:
-    return [piece.text for piece in read_documents(str(data), split=split, column=column, render=render)]
+def pieces(data: Path | str, column: str | None = None, split: str = "train", **given: Any) -> list[Piece]:
+    given = {"render": render, "left_out": LeftOut(), **given}
+    return list(read_documents(str(data), split=split, column=column, **given))
+
+
+def texts(data: Path | str, column: str | None = None, split: str = "train", **given: Any) -> list[str]:
+    return [piece.text for piece in pieces(data, column, split, **given)]
 
 
 def test_jsonl_gives_its_text_column_in_order(tmp_path: Path) -> None:
@@ -65,19 +76,17 @@ def test_a_message_without_role_is_named_by_line(tmp_path: Path) -> None:
     data = write_jsonl(
         tmp_path / "chat.jsonl", {"messages": [{"role": "user", "content": "a"}]}, {"messages": ["b"]}
     )
-    with pytest.raises(
-        InputError, match=r"chat\.jsonl:2: 'messages' holds a message without role and content: b"
-    ):
+    with pytest.raises(InputError, match=r"chat\.jsonl:2: a message without role and content: b"):
         texts(data)
 
 
 def test_a_refused_conversation_is_named_by_line(tmp_path: Path) -> None:
-    def refuse(messages: list[dict[str, str]]) -> str:
+    def refuse(messages: list[Message], tools: list[Any] | None) -> str:
         raise InputError("no template")
 
     data = write_jsonl(tmp_path / "chat.jsonl", {"messages": [{"role": "user", "content": "a"}]})
     with pytest.raises(InputError, match=r"chat\.jsonl:1: no template"):
-        list(read_documents(str(data), split="train", column=None, render=refuse))
+        texts(data, render=refuse)
 
 
 @pytest.mark.parametrize(
@@ -115,22 +124,11 @@ def test_a_broken_parquet_file_is_named(tmp_path: Path) -> None:
 
 def test_a_plain_file_is_one_document_in_pieces(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("stages.calibrate.text.texts.PIECE", 4)
-    (tmp_path / "a.py").write_text("one\ntwo\nsix\n", encoding="utf-8")
-    pieces = list(read_documents(str(tmp_path / "a.py"), split="train", column=None, render=render))
-    assert [piece.begins for piece in pieces] == [True] + [False] * (len(pieces) - 1)
-    assert len(pieces) > 1
-    assert "".join(piece.text for piece in pieces) == "one\ntwo\nsix\n"
-
-
-def test_folders_and_globs_are_sorted_by_path(tmp_path: Path) -> None:
-    (tmp_path / "sub").mkdir()
-    (tmp_path / "z.txt").write_text("last")
-    (tmp_path / "sub" / "b.txt").write_text("middle")
-    write_jsonl(tmp_path / "a.jsonl", {"text": "first"})
-    (tmp_path / "image.png").write_bytes(b"\x89PNG")
-    assert texts(tmp_path) == ["first", "middle", "last"]
-    assert texts(tmp_path / "*.txt") == ["last"]
-    assert texts(tmp_path / "**" / "*.txt") == ["middle", "last"]
+    (tmp_path / "a.txt").write_text("one\ntwo\nsix\n", encoding="utf-8")
+    read = pieces(tmp_path / "a.txt")
+    assert [piece.begins for piece in read] == [True] + [False] * (len(read) - 1)
+    assert len(read) > 1
+    assert "".join(piece.text for piece in read) == "one\ntwo\nsix\n"
 
 
 @pytest.mark.parametrize("name", ["missing.jsonl", "none-*.txt", "./missing"])
@@ -140,21 +138,52 @@ def test_a_missing_file_is_no_data_set(name: str, tmp_path: Path, monkeypatch: p
         texts(name)
 
 
-def test_a_folder_without_text_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match=r"no \.jsonl, .* file is in this folder"):
-        texts(tmp_path)
+class Streamed(list[dict[str, Any]]):
+    """Stands for a data set that is streamed."""
+
+    def __init__(self, *rows: dict[str, Any], known: int | None = None) -> None:
+        super().__init__(rows)
+        splits = {"test": SimpleNamespace(num_examples=known)} if known else None
+        self.info = SimpleNamespace(splits=splits)
+
+    def decode(self, enable: bool) -> "Streamed":
+        assert not enable
+        return self
+
+
+def stream(monkeypatch: pytest.MonkeyPatch, rows: Streamed) -> list[tuple[object, ...]]:
+    asked = []
+
+    def load_dataset(name: str, config: str | None, streaming: bool) -> dict[str, Streamed]:
+        asked.append((name, config, streaming))
+        return {"test": rows}
+
+    monkeypatch.setattr("datasets.load_dataset", load_dataset)
+    return asked
 
 
 def test_a_data_set_is_read_by_name_config_and_split(monkeypatch: pytest.MonkeyPatch) -> None:
-    asked = []
-
-    def load_dataset(name: str, config: str | None, split: str, streaming: bool) -> list[dict[str, str]]:
-        asked.append((name, config, split, streaming))
-        return [{"text": "one"}]
-
-    monkeypatch.setattr("datasets.load_dataset", load_dataset)
+    asked = stream(monkeypatch, Streamed({"text": "one"}))
     assert texts("org/wiki:raw", split="test") == ["one"]
-    assert asked == [("org/wiki", "raw", "test", True)]
+    assert asked == [("org/wiki", "raw", True)]
+
+
+def test_a_data_set_without_the_split_is_not_out_of_reach(monkeypatch: pytest.MonkeyPatch) -> None:
+    stream(monkeypatch, Streamed({"text": "one"}))
+    with pytest.raises(InputError, match=r"DATA wiki holds no split train, but test\. .*--split") as raised:
+        texts("wiki")
+    assert not isinstance(raised.value, DataUnreachable)
+
+
+def test_rows_of_a_data_set_by_number_and_by_percentage(monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = [{"text": str(number)} for number in range(10)]
+    stream(monkeypatch, Streamed(*rows, known=10))
+    assert texts("wiki", split="test[2:4]") == ["2", "3"]
+    assert texts("wiki", split="test[-20%:]") == ["8", "9"]
+    stream(monkeypatch, Streamed(*rows))
+    assert texts("wiki", split="test[:2]") == ["0", "1"]
+    with pytest.raises(InputError, match=r"how many rows it has\. .* --split test\[:1000\]"):
+        texts("wiki", split="test[:20%]")
 
 
 def test_a_data_set_that_cannot_be_loaded_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -166,11 +195,80 @@ def test_a_data_set_that_cannot_be_loaded_says_why(monkeypatch: pytest.MonkeyPat
         texts("wiki")
 
 
+def test_rows_of_files_count_over_all_files_of_the_split(tmp_path: Path) -> None:
+    for name, numbers in {"a": range(6), "b": range(6, 10)}.items():
+        write_jsonl(tmp_path / f"{name}.jsonl", *({"text": str(number)} for number in numbers))
+    assert texts(tmp_path, split="train[:2]") == ["0", "1"]
+    assert texts(tmp_path, split="train[5:8]") == ["5", "6", "7"]
+    assert texts(tmp_path, split="train[50%:90%]") == ["5", "6", "7", "8"]
+    assert texts(tmp_path, split="train[-1:]") == ["9"]
+    assert texts(tmp_path / "b.jsonl", split="train[:25%]") == ["6"]
+
+
+def test_prose_has_no_rows_to_choose(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("one")
+    with pytest.raises(InputError, match=r"--split train\[:10%\]: .* is prose, which has no rows"):
+        texts(tmp_path, split="train[:10%]")
+
+
+def test_rows_that_are_null_are_left_out_and_counted(tmp_path: Path) -> None:
+    rows = [{"body": None, "id": 1}, {"body": "one", "id": 2}, {"body": None, "id": 3}]
+    left_out = LeftOut()
+    assert texts(write_jsonl(tmp_path / "a.jsonl", *rows), left_out=left_out) == ["one"]
+    assert left_out.said() == ["2 of the 3 rows read hold null and no text; they are left out"]
+    left_out = LeftOut()
+    data = write_jsonl(tmp_path / "b.jsonl", {"messages": None}, {"messages": []}, {"text": "not looked at"})
+    with pytest.raises(InputError, match=r"b\.jsonl:3: no column 'messages', but 'text'"):
+        texts(data, left_out=left_out)
+    assert left_out.nulls == 2
+
+
+def test_tools_reach_the_template_as_a_list(tmp_path: Path) -> None:
+    seen = []
+
+    def keep(messages: list[Message], tools: list[Any] | None) -> str:
+        seen.append(tools)
+        return "text"
+
+    messages = [{"role": "user", "content": "a"}]
+    tool = {"type": "function", "function": {"name": "f", "parameters": {"x": None}}}
+    tables = [[tool], json.dumps([tool]), None, [], ""]
+    data = write_jsonl(tmp_path / "a.jsonl", *({"messages": messages, "tools": tools} for tools in tables))
+    texts(data, render=keep)
+    assert seen == [[tool], [tool], None, None, None]
+
+
+@pytest.mark.parametrize(
+    ("tools", "message"),
+    [
+        ("{", r"a\.jsonl:1: the column 'tools' is not JSON"),
+        ({"a": 1}, r"a\.jsonl:1: .* holds dict, not a list"),
+    ],
+)
+def test_tools_that_are_none_are_named(tmp_path: Path, tools: object, message: str) -> None:
+    row = {"messages": [{"role": "user", "content": "a"}], "tools": tools}
+    with pytest.raises(InputError, match=message):
+        texts(write_jsonl(tmp_path / "a.jsonl", row))
+
+
+def test_images_are_left_out_and_said(tmp_path: Path) -> None:
+    parts = [
+        {"type": "image", "image": "a.png"},
+        {"type": "text", "text": "what"},
+        {"type": "text", "text": "?"},
+    ]
+    row = {"messages": [{"role": "user", "content": parts}], "images": ["a.png"]}
+    left_out = LeftOut()
+    assert texts(write_jsonl(tmp_path / "a.jsonl", row, row), left_out=left_out) == ["user:what?"] * 2
+    assert left_out.said() == [
+        "parts of messages that are no text are left out: 2 of type image",
+        "calibration is on text: what is in images of DATA is left out",
+    ]
+
+
 def test_a_byte_order_mark_is_no_text(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_bytes(b"\xef\xbb\xbfone")
-    assert list(read_documents(str(tmp_path / "a.txt"), split="train", column=None, render=render)) == [
-        Piece("one")
-    ]
+    assert pieces(tmp_path / "a.txt") == [Piece("one")]
 
 
 @pytest.mark.parametrize(
@@ -210,3 +308,10 @@ def test_an_error_while_reading_names_the_file(tmp_path: Path, monkeypatch: pyte
     with pytest.raises(OSError, match="Stale file handle") as raised:
         texts(tmp_path / "a.txt")
     assert raised.value.filename == str(tmp_path / "a.txt")
+
+
+def test_what_datasets_saved_is_read_split_by_split(tmp_path: Path) -> None:
+    splits = {name: datasets.Dataset.from_dict({"text": [name]}) for name in ("train", "test")}
+    datasets.DatasetDict(splits).save_to_disk(str(tmp_path / "saved"))
+    assert texts(tmp_path / "saved") == ["train"]
+    assert texts(tmp_path / "saved", split="test") == ["test"]

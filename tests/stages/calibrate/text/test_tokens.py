@@ -29,11 +29,13 @@ class Heard(Silent):
         self.advanced += amount
 
 
-def make_tokenizer(**settings: object) -> PreTrainedTokenizerFast:
+def make_tokenizer(begins: bool = False, **settings: object) -> PreTrainedTokenizerFast:
+    """begins: with a post-processor that begins every text, as Llama's does."""
     words = Tokenizer(models.WordLevel(VOCABULARY, unk_token="<end>"))
     words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    # A post-processor that would begin every document, as Llama's does.
-    words.post_processor = processors.TemplateProcessing(single="<begin> $A", special_tokens=[("<begin>", 5)])
+    if begins:
+        single = "<begin> $A"
+        words.post_processor = processors.TemplateProcessing(single=single, special_tokens=[("<begin>", 5)])
     words.enable_truncation(2)
     words.enable_padding()
     return PreTrainedTokenizerFast(tokenizer_object=words, **{"eos_token": "<end>", **settings})
@@ -65,7 +67,7 @@ def test_too_little_text_gives_whole_windows_and_a_warning(tmp_path: Path) -> No
 
 
 def test_reading_stops_when_there_is_enough(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("stages.calibrate.text.tokens.GROUP_PIECES", 1)
+    monkeypatch.setattr("stages.calibrate.text.encode.GROUP_PIECES", 1)
     path = tmp_path / "text.jsonl"
     path.write_text('{"text": "a b c d"}\nthis line is never reached\n')
     tokens = token_matrix(make_tokenizer(), str(path), samples=1, seq=4, progress=Silent())
@@ -75,7 +77,7 @@ def test_reading_stops_when_there_is_enough(tmp_path: Path, monkeypatch: pytest.
 def test_grouping_for_the_tokenizer_does_not_show(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     data = write(tmp_path, *["a b c"] * 50)
     at_once = token_matrix(make_tokenizer(), data, samples=9, seq=7, progress=Silent())
-    monkeypatch.setattr("stages.calibrate.text.tokens.GROUP_PIECES", 3)
+    monkeypatch.setattr("stages.calibrate.text.encode.GROUP_PIECES", 3)
     np.testing.assert_array_equal(
         token_matrix(make_tokenizer(), data, samples=9, seq=7, progress=Silent()), at_once
     )
@@ -106,6 +108,69 @@ def test_empty_text_is_refused(tmp_path: Path, documents: tuple[str, ...]) -> No
 def test_less_than_a_window_is_refused(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"gives 3 tokens, less than one window of 4: .* --seq 3"):
         token_matrix(make_tokenizer(), write(tmp_path, "a b c"), samples=1, seq=4, progress=Silent())
+    with pytest.raises(InputError, match=r"gives 3 tokens, less than one window of 4: .* --seq 4"):
+        token_matrix(make_tokenizer(True), write(tmp_path, "a b c"), samples=1, seq=5, progress=Silent())
+
+
+def test_every_window_begins_with_what_the_tokenizer_puts_before_a_text(tmp_path: Path) -> None:
+    data = write(tmp_path, "a b", "c", "d d d d")
+    tokens = token_matrix(make_tokenizer(True), data, samples=4, seq=4, progress=Silent())
+    np.testing.assert_array_equal(tokens, [[5, 1, 2, 0], [5, 3, 0, 4], [5, 4, 4, 4]])
+
+
+def test_a_window_needs_room_beside_what_begins_it(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"--seq 1 leaves no token of text beside the 1"):
+        token_matrix(make_tokenizer(True), write(tmp_path, "a"), samples=1, seq=1, progress=Silent())
+
+
+@pytest.mark.parametrize("begins", [False, True])
+def test_a_rendering_that_has_its_begin_gets_no_second(tmp_path: Path, begins: bool) -> None:
+    path = tmp_path / "chat.jsonl"
+    row = json.dumps({"messages": [{"role": "user", "content": "a b"}]})
+    path.write_text(f"{row}\n{row}\n")
+    tokenizer = make_tokenizer(begins)
+    tokenizer.chat_template = "<begin> {% for message in messages %}{{ message.content }} c {% endfor %}"
+    tokens = token_matrix(tokenizer, str(path), samples=9, seq=4, progress=Silent())
+    expected = [[5, 1, 2, 3], [5, 0, 1, 2]] if begins else [[5, 1, 2, 3], [0, 5, 1, 2]]
+    np.testing.assert_array_equal(tokens, expected)
+
+
+def test_windows_are_spread_over_all_of_a_small_text(tmp_path: Path) -> None:
+    data = write(tmp_path, "a " * 12, "b " * 5, "c " * 5)
+    both = {
+        take: token_matrix(make_tokenizer(), data, samples=3, seq=4, take=take, progress=Silent())
+        for take in ("first", "spread")
+    }
+    np.testing.assert_array_equal(both["first"], [[1] * 4] * 3)
+    # Of six windows the first, the third and the fifth.
+    np.testing.assert_array_equal(both["spread"], [[1] * 4, [1] * 4, [2, 2, 0, 3]])
+
+
+@pytest.mark.parametrize("begins", [False, True])
+def test_windows_are_spread_over_all_of_a_large_text(tmp_path: Path, begins: bool) -> None:
+    data = write(tmp_path, "a " * 5000, "b " * 5000, "c " * 5000, "d " * 5000)
+    tokens = token_matrix(make_tokenizer(begins), data, samples=8, seq=4, take="spread", progress=Silent())
+    assert tokens.shape == (8, 4)
+    counts = np.bincount(tokens[:, -1], minlength=5)
+    assert counts[0] == 0 and (counts[1:] >= 1).all() and (counts[1:] <= 3).all()
+    assert not begins or (tokens[:, 0] == 5).all()
+
+
+def test_too_little_text_to_spread_gives_all_windows(tmp_path: Path) -> None:
+    heard = Heard()
+    tokens = token_matrix(
+        make_tokenizer(), write(tmp_path, "a b c", "d d"), samples=8, seq=2, take="spread", progress=heard
+    )
+    np.testing.assert_array_equal(tokens, [[1, 2], [3, 0], [4, 4]])
+    assert len(heard.warnings) == 1
+
+
+def test_what_is_left_out_is_said(tmp_path: Path) -> None:
+    path = tmp_path / "text.jsonl"
+    path.write_text('{"text": "a b"}\n{"text": null}\n')
+    heard = Heard()
+    token_matrix(make_tokenizer(), str(path), samples=1, seq=2, take="spread", progress=heard)
+    assert heard.warnings == ["1 of the 2 rows read hold null and no text; they are left out"]
 
 
 def test_chat_messages_are_written_by_the_template(tmp_path: Path) -> None:
