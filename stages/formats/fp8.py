@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 
 from stages.formats.grids import E4M3_MAX, round_e4m3
-from stages.formats.weight_format import StoredTensor, WeightFormat, by_modelopt
+from stages.formats.packing import by_rows
+from stages.formats.weight_format import StoredTensor, WeightFormat
 
 
 @dataclass(frozen=True)
@@ -53,10 +54,15 @@ class Fp8(WeightFormat):
     def pack(self, weight: Tensor, tensor_scale: Tensor | None, block_scale: Tensor | None) -> Tensor:
         """float8_e4m3fn `[N, K]`. What a clipped scale leaves beyond ±448 becomes ±448; the bare conversion
         would make it NaN.
+
+        The quotient is in the weight's own dtype, as modelopt has it.
         """
         assert tensor_scale is not None
-        bound = E4M3_MAX * tensor_scale
-        return by_modelopt(weight.clamp(-bound, bound), tensor_scale, self.name)
+        scale = tensor_scale
+        # As a number: a bound that is a tensor takes ten times as long.
+        bound = (E4M3_MAX * scale).to(weight.dtype).item()
+        packed = torch.empty(weight.shape, dtype=torch.float8_e4m3fn, device=weight.device)
+        return by_rows(weight, packed, lambda rows, _: rows.clamp(-bound, bound).div_(scale).to(packed.dtype))
 
     def encode(self, values: Tensor) -> Tensor:
         return values.to(torch.float8_e4m3fn)

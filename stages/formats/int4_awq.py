@@ -3,11 +3,13 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from stages.formats.grids import E4M3_MAX, decode_int4, encode_int4, round_int4
+from stages.formats.packing import by_rows
 from stages.formats.quantized import constants
-from stages.formats.weight_format import CLIP_RATIOS, StoredTensor, WeightFormat, by_modelopt
+from stages.formats.weight_format import CLIP_RATIOS, StoredTensor, WeightFormat
 from state.errors import InputError
 
 
@@ -56,7 +58,14 @@ class Int4Awq(WeightFormat):
 
     def pack(self, weight: Tensor, tensor_scale: Tensor | None, block_scale: Tensor | None) -> Tensor:
         """uint8 `[N/2, K]`."""
-        return by_modelopt(weight, block_scale, "int4_awq", None, self.block_size)
+        assert block_scale is not None
+        scale = block_scale[..., None]
+        packed = torch.empty(weight.shape[0] // 2, weight.shape[1], dtype=torch.uint8, device=weight.device)
+
+        def encode(rows: Tensor, part: slice) -> Tensor:
+            return self.encode(self.round((self.blocks(rows) / scale[part]).flatten(-2)))
+
+        return by_rows(weight, packed, encode, together=2)
 
     def encode(self, values: Tensor) -> Tensor:
         return encode_int4(values)

@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 
 from stages.formats.grids import round_int8
-from stages.formats.weight_format import StoredTensor, WeightFormat, by_modelopt
+from stages.formats.packing import by_rows
+from stages.formats.weight_format import StoredTensor, WeightFormat
 
 
 @dataclass(frozen=True)
@@ -45,7 +46,10 @@ class Int8Sq(WeightFormat):
 
     def pack(self, weight: Tensor, tensor_scale: Tensor | None, block_scale: Tensor | None) -> Tensor:
         """int8 `[N, K]`."""
-        return by_modelopt(weight, block_scale, self.name)
+        assert block_scale is not None
+        scale = block_scale[:, None]
+        packed = torch.empty(weight.shape, dtype=torch.int8, device=weight.device)
+        return by_rows(weight, packed, lambda rows, part: self.encode(self.round(rows / scale[part])))
 
     def encode(self, values: Tensor) -> Tensor:
         return values.to(torch.int8)

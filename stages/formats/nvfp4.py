@@ -7,8 +7,10 @@ import torch
 from torch import Tensor
 
 from stages.formats.grids import E2M1_MAX, E4M3_MAX, decode_e2m1, encode_e2m1, round_e2m1
-from stages.formats.quantized import constants
-from stages.formats.weight_format import StoredTensor, WeightFormat, by_modelopt, tensor_amax
+from stages.formats.packing import block_amax as amax_of_blocks
+from stages.formats.packing import pack_e2m1
+from stages.formats.quantized import constants, step
+from stages.formats.weight_format import StoredTensor, WeightFormat, tensor_amax
 
 # modelopt keeps block scales between e4m3's smallest subnormal and its largest value: neither 0 nor NaN.
 E4M3_MIN = 2.0**-9
@@ -109,16 +111,14 @@ class Nvfp4(WeightFormat):
         self, weight: Tensor, tensor_scale: Tensor | None, block_amax: Tensor | None = None
     ) -> Tensor | None:
         """float8_e4m3fn `[N, K/16]`."""
-        if block_amax is not None:
-            return self.scales_from_amax(block_amax, tensor_scale)
-        from modelopt.torch.quantization.qtensor import NVFP4QTensor
-
-        scale: Tensor = NVFP4QTensor.get_weights_scaling_factor(weight, self.block_size, tensor_scale)[0]
-        return scale
+        if block_amax is None:
+            block_amax = amax_of_blocks(weight, self.block_size)
+        return self.scales_from_amax(block_amax, tensor_scale)
 
     def pack(self, weight: Tensor, tensor_scale: Tensor | None, block_scale: Tensor | None) -> Tensor:
         """uint8 `[N, K/2]`."""
-        return by_modelopt(weight, block_scale, self.name, tensor_scale, self.block_size)
+        assert block_scale is not None
+        return pack_e2m1(weight, step(block_scale, tensor_scale))
 
     def encode(self, values: Tensor) -> Tensor:
         return encode_e2m1(values)

@@ -219,11 +219,3 @@ class WeightFormat(ABC):
 def tensor_amax(weights: Tensor) -> Tensor:
     """max|W| of each matrix: f32 `[..., 1, 1]`."""
     return weights.abs().amax(dim=(-2, -1), keepdim=True).float()
-
-
-def by_modelopt(weight: Tensor, scale: Tensor | None, name: str, *more: object) -> Tensor:
-    """The codes of a weight by modelopt's own packing, which `name` chooses."""
-    from modelopt.torch.export.quant_utils import to_quantized_weight
-
-    packed: Tensor = to_quantized_weight(weight, scale, name, *more)
-    return packed
