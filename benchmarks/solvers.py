@@ -121,7 +121,11 @@ class Resident:
         solver = solver_of(quantizers)
         assert solver is not None
         folds, stop = self.folds, StopRequest()
-        solving = SolverPass(solver, quantizers, self.skeleton, statistics, folds, set(), {}, stop)
+
+        def finite(_layer: int) -> None:
+            return
+
+        solving = SolverPass(solver, quantizers, self.skeleton, statistics, folds, set(), {}, stop, finite)
         timed = Timed(solving, self.device)
         both = self._run(tokens, statistics, timed)
         return both - timed.seconds, timed.seconds

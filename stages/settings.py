@@ -15,6 +15,7 @@ ExpertInputScale = Literal["layer", "expert"]
 Fold = Literal["auto", "none"]
 Mxfp4Scale = Literal["max", "cast"]
 Schedule = Literal["auto", "whole", "layerwise"]
+Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 Take = Literal["first", "spread"]
 
 LONGEST = 1000 * 86400.0
@@ -105,6 +106,11 @@ class CalibrateSettings(Settings):
     samples: int = Field(default=512, gt=0, description="Windows of text.")
     seq: int = Field(default=2048, gt=0, description="Tokens per window.")
     batch: int = Field(default=8, gt=0, description="Windows per forward.")
+    dtype: Dtype = Field(
+        default="auto",
+        description="What the model is loaded, computed and exported in; auto: the checkpoint's own. "
+        "bfloat16 for a float16 model that overflows.",
+    )
     device: str = Field(default="auto", description="auto, cpu, cuda or cuda:N.")
     experts: Literal["grouped_mm", "eager"] = Field(
         default="grouped_mm",

@@ -12,9 +12,8 @@ from state.durable import Bytes
 from state.errors import Difference, IdentityMismatch, InputError
 from state.identity import tensor_digest
 from state.mapped import MappedFile
+from state.weights_file import INDEX, SINGLE, weights_file
 
-SINGLE = "model.safetensors"
-INDEX = "model.safetensors.index.json"
 # As in the reference reader of safetensors.
 HEADER_LIMIT = 100_000_000
 DEPTH_LIMIT = 64
@@ -162,22 +161,6 @@ class Source:
     def _is_as_digested(self, file: str) -> bool:
         names = [name for name, entry in self.tensors.items() if entry.file == file]
         return all(self.digest(name) == self.digested.get(name) for name in names)
-
-
-def weights_file(folder: Path) -> str:
-    """Which file of a model folder says where its tensors are: `model.safetensors`, which holds them itself,
-    before the index of shards, as in transformers.
-
-    Raises:
-        InputError: there is neither.
-    """
-    if not folder.is_dir():
-        raise InputError(f"{folder} is not a model folder")
-    for name in (SINGLE, INDEX):
-        if (folder / name).exists():
-            return name
-    present = ", ".join(sorted(path.name for path in folder.iterdir())[:10]) or "nothing"
-    raise InputError(f"{folder} has neither {SINGLE} nor {INDEX} (found: {present})")
 
 
 def read_json(path: Path, data: bytes, unique: bool = True) -> Any:

@@ -1,6 +1,7 @@
 """One pass over the tokens, under either schedule, committing as it goes."""
 
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -12,6 +13,7 @@ from stages.calibrate.observe.accumulate import Accumulators
 from stages.calibrate.observe.arrays import plan_layout
 from stages.calibrate.observe.attach import record_weights
 from stages.calibrate.observe.complete import require_tokens
+from stages.calibrate.observe.finite import first_overflow, overflow_message
 from stages.calibrate.prepare import Prepared, probe_loaded
 from stages.calibrate.schedule.choose import Name, solved_layers, unsolved_layers
 from stages.calibrate.schedule.layerwise import LayerByLayer
@@ -19,12 +21,13 @@ from stages.calibrate.schedule.solving import SolverPass
 from stages.calibrate.schedule.steps import Schedule, Step
 from stages.calibrate.schedule.whole import WholeModel
 from stages.calibrate.signals import StopRequest
+from stages.commands import calibrate_command
 from stages.fold.sites import fold_map
 from stages.model.text_model import TextModel
 from stages.progress import Progress
 from stages.settings import CalibrateSettings
 from state.background import BackgroundWriter
-from state.errors import Difference, IdentityMismatch, Stopped
+from state.errors import Difference, IdentityMismatch, InputError, Stopped
 from state.identity import Environment, require_same
 from state.layout import Layout
 from state.place import PlacedDisk
@@ -73,8 +76,8 @@ class Pass:
     def _update(self, step: Step, statistics: Accumulators) -> Update:
         """What a commit of a step publishes.
 
-        Raises IdentityMismatch where a file of the model changed under it, and DamagedStore where the
-        statistics do not hold the tokens that went through.
+        Raises IdentityMismatch where a file of the model changed under it, DamagedStore where the statistics
+        do not hold the tokens that went through, and InputError where the model overflowed.
         """
         self.work.source.require_unchanged()
         generation = None
@@ -82,7 +85,16 @@ class Pass:
             generation = Generation(statistics.layout, statistics.snapshot())
             before = None if step.finished else step.cursor.layer or None
             require_tokens(statistics.layout, generation.arrays, step.tokens, before)
+            self._refuse_overflow(statistics.layout, generation.arrays)
         return Update(step.cursor, step.finished, generation, step.solutions)
+
+    def _refuse_overflow(self, layout: Layout, arrays: Mapping[str, np.ndarray]) -> None:
+        """Raise InputError naming the first site that saw inf or NaN."""
+        site = first_overflow(layout, arrays, self.work.skeleton.projections())
+        if site is not None:
+            again = {"dtype": "bfloat16", "run": f"{self.settings.run}-bfloat16"}
+            command = calibrate_command(self.settings.model_dump(mode="json") | again)
+            raise InputError(overflow_message(site, self.work.environment.dtype, command))
 
     def _tick(self, tokens: int) -> None:
         self.disk.check()
@@ -150,8 +162,21 @@ class Pass:
         shapes = {name: entry.shape for name, entry in work.source.tensors.items()}
         folds = fold_map(shapes, TextModel.of(work.config), statistics.layout.relations)
         attributes = {"environment": work.environment.model_dump(mode="json")}
+
+        def require_finite(layer: int) -> None:
+            if not statistics.is_finite(layer):
+                self._refuse_overflow(statistics.layout, statistics.snapshot())
+
         return SolverPass(
-            work.solver, work.quantizers, work.skeleton, statistics, folds, solved, attributes, self.stop
+            work.solver,
+            work.quantizers,
+            work.skeleton,
+            statistics,
+            folds,
+            solved,
+            attributes,
+            self.stop,
+            require_finite,
         )
 
     def _require_same_environment(self, solver_id: str, layer: int) -> None:

@@ -1,6 +1,7 @@
 """Everything that can be known and refused before a weight is loaded, cheapest first."""
 
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
@@ -8,6 +9,8 @@ import torch
 from numpy.typing import NDArray
 from transformers import PretrainedConfig, PreTrainedModel
 
+from stages.calibrate.by_layers import require_layers
+from stages.calibrate.forward.loaded_dtypes import in_float32, kept_wide
 from stages.calibrate.forward.whole_model import load_tokenizer, pick_device
 from stages.calibrate.identify import environment, identify
 from stages.calibrate.observe.relations import Probe, probe, relations
@@ -15,7 +18,7 @@ from stages.calibrate.scalable import nothing_to_scale
 from stages.calibrate.text.files import DataUnreachable
 from stages.calibrate.text.tokens import token_matrix
 from stages.fold.sites import fold_map
-from stages.model.decoder import LayerwiseUnsupported, find_decoder
+from stages.model.cast_source import dtype_asked, require_held_by_dtype, told_of_cast
 from stages.model.dequantize.source import open_source, told_of_quantized
 from stages.model.folder import locate
 from stages.model.plausible import require_possible_counts, require_possible_sizes
@@ -70,23 +73,28 @@ def prepare(settings: CalibrateSettings, writer: RunWriter | None, progress: Pro
     recipe = resolve(settings.recipe)
     device = pick_device(settings.device)
     folder = locate(settings.model, settings.revision, progress)
-    source = open_source(folder)
-    for note in told_of_quantized(source):
+    source = open_source(folder, settings.dtype)
+    for note in told_of_quantized(source) + told_of_cast(source):
         progress.note(note)
     require_possible_counts(folder, source.tensors)
-    config = load_config(folder, settings.trust_remote_code)
+    config = load_config(folder, settings.trust_remote_code, dtype_asked(source))
     refuse_other_weights(config, folder)
     skeleton = Skeleton(config, source.tensors, settings.trust_remote_code)
     require_possible_sizes(folder, skeleton.model, skeleton.parameter_of, source.tensors)
     quantizers = plan_quantizers(skeleton, recipe)
     solver = solver_of(quantizers)
+    solver = solver if solver is not None and solver.needs_pass else None
     matrices = {module: skeleton.matrix(module) for module in quantizers.weights}
     require_exportable(quantizers, matrices, source.tensors)
-    _require_layers(settings, skeleton, solver)
+    found = _probe_on_meta(skeleton)
+    require_layers(settings, skeleton, source, solver, found is not None)
+    if found is not None:
+        _require_keys_and_values(quantizers, found)
+        _require_computable(skeleton)
     for left_out in told_left_out(quantizers.left_out):
         progress.note(left_out)
-    found = _probe_on_meta(skeleton)
-    if solver is not None and solver.needs_pass and found is not None:
+    require_held_by_dtype(source)
+    if solver is not None and found is not None:
         shapes = {name: entry.shape for name, entry in source.tensors.items()}
         folds = fold_map(shapes, TextModel.of(config), relations(skeleton, found))
         if warning := nothing_to_scale(solver, settings.recipe, folds, quantizers.weights):
@@ -110,7 +118,7 @@ def prepare(settings: CalibrateSettings, writer: RunWriter | None, progress: Pro
         skeleton=skeleton,
         probe=found,
         quantizers=quantizers,
-        solver=solver if solver is not None and solver.needs_pass else None,
+        solver=solver,
         tokens=tokens,
         device=device,
         identity=identity,
@@ -118,20 +126,41 @@ def prepare(settings: CalibrateSettings, writer: RunWriter | None, progress: Pro
     )
 
 
-def _require_layers(settings: CalibrateSettings, skeleton: Skeleton, solver: Solver | None) -> None:
-    """Raise InputError where layers are needed one by one and the model does not keep them so."""
-    solving = solver is not None and solver.needs_pass
-    if not solving and settings.schedule != "layerwise":
-        return
-    try:
-        find_decoder(skeleton.model)
-    except LayerwiseUnsupported as error:
-        if not solving:
-            raise
+def _require_keys_and_values(quantizers: QuantizerPlan, found: Probe) -> None:
+    """Raise InputError where the recipe needs K or V of an attention that can't be observed."""
+    unseen = [
+        attention
+        for attention, cache in quantizers.kv.items()
+        if cache != "fp8_cast" and attention not in found.kv_channels
+    ]
+    if unseen:
         raise InputError(
-            f"{error.reason}. Recipe {settings.recipe!r} is solved layer by layer: choose one without a "
-            "solver, such as nvfp4"
-        ) from error
+            f"recipe {quantizers.recipe.name!r} quantizes the KV cache of {unseen[0]}, which computes "
+            "attention outside transformers' attention registry, where K and V can't be observed "
+            f"({len(unseen)} such); choose a recipe that leaves KV caches alone, such as nvfp4"
+        )
+
+
+def _require_computable(skeleton: Skeleton) -> None:
+    """Raise InputError where the class can't compute with the dtypes that it keeps its weights in. The model
+    without weights, all in one dtype, was probed before.
+    """
+    model = skeleton.model
+    wide = kept_wide(model)
+    if not wide:
+        return
+    with in_float32(wide):
+        try:
+            _probe_without_weights(skeleton)
+        except HoldfastError:
+            raise
+        except Exception as error:  # the model's own code
+            dtype = str(model.dtype).removeprefix("torch.")
+            raise InputError(
+                f"{type(model).__name__} of transformers {version('transformers')} can't compute in {dtype} "
+                f"beside the weights that it keeps in float32 ({reason(error)}); give --dtype float32, or "
+                "take another release of transformers"
+            ) from error
 
 
 def _tokens(
@@ -176,11 +205,13 @@ def _require_same_windows(settings: CalibrateSettings, writer: RunWriter) -> Non
 
 
 def _refuse_unknown(tokens: NDArray[np.int32], skeleton: Skeleton, folder: Path) -> None:
-    known, largest = skeleton.model.get_input_embeddings().weight.shape[0], int(tokens.max())
+    embeddings = skeleton.model.get_input_embeddings()
+    known, largest = embeddings.weight.shape[0], int(tokens.max())
     if largest >= known:
+        name = next(name for name, module in skeleton.model.named_modules() if module is embeddings)
         raise InputError(
-            f"the tokenizer in {folder} makes token {largest}, and the model knows {known} tokens. Is the "
-            "tokenizer the model's own?"
+            f"the tokenizer in {folder} makes token {largest}, and {skeleton.hub_name(name)} knows {known} "
+            "tokens. Is the tokenizer the model's own?"
         )
 
 
@@ -214,20 +245,34 @@ def _probe_on_meta(skeleton: Skeleton) -> Probe | None:
     once loaded.
     """
     try:
-        return probe(skeleton, skeleton.model)
+        return _probe_without_weights(skeleton)
     except HoldfastError:
         raise
     except Exception:  # the model's own code; what is wrong with it shows when it is probed again
         return None
 
 
+def _probe_without_weights(skeleton: Skeleton) -> Probe:
+    """Some models ask for values to build a mask from, others for a mask."""
+    try:
+        return probe(skeleton, skeleton.model)
+    except HoldfastError:
+        raise
+    except Exception:
+        return probe(skeleton, skeleton.model, masks_on_meta=True)
+
+
 def probe_loaded(work: Prepared, model: PreTrainedModel) -> Probe:
     """The probe of a loaded model. Raises InputError where its forward fails."""
     try:
-        return work.probe or probe(work.skeleton, model)
+        if work.probe is not None:
+            return work.probe
+        found = probe(work.skeleton, model)
     except HoldfastError:
         raise
     except Exception as error:  # the model's own code, with the numbers of its configuration
         raise InputError(
             f"{work.folder}: the model can't compute with what its config.json says: {reason(error)}"
         ) from error
+    _require_keys_and_values(work.quantizers, found)
+    return found

@@ -4,6 +4,7 @@ import time
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from importlib.metadata import version
 
+from stages.calibrate.by_layers import refusal
 from stages.calibrate.forward.hidden import discard
 from stages.calibrate.one_pass import Pass, stop_message
 from stages.calibrate.prepare import Prepared, prepare
@@ -11,6 +12,7 @@ from stages.calibrate.schedule.choose import next_schedule
 from stages.calibrate.schedule.layerwise import FOLDER
 from stages.calibrate.signals import Interrupted, StopRequest, stop_on_signal
 from stages.calibrate.summary import Summary, measure_coverage
+from stages.model.decoder import LayerwiseUnsupported
 from stages.progress import Progress
 from stages.recipe.kept_plans import keep_plan, kept_plan
 from stages.recipe.model_plan import describe
@@ -63,7 +65,10 @@ def _calibrate(settings: CalibrateSettings, progress: Progress, stop: StopReques
         _keep_plan(settings, work)
         tokens, did_something = 0, False
         while (schedule := next_schedule(settings, work, held.head)) is not None:
-            tokens += Pass(settings, work, held, stop, progress, disk).run(schedule)
+            try:
+                tokens += Pass(settings, work, held, stop, progress, disk).run(schedule)
+            except LayerwiseUnsupported as error:
+                raise refusal(error, settings, work.solver) from error
             did_something = True
         for note in held.notes[said:]:
             progress.warn(note)

@@ -17,6 +17,7 @@ from stages.export.shards import index
 from stages.export.tensors import Ingredients
 from stages.export.unify import Policies
 from stages.export.units import Shard, assign_shards, check_engine_rules, check_widths, plan_units
+from stages.model.cast_source import told_of_cast
 from stages.model.dequantize.source import open_source, told_of_quantized
 from stages.model.folder import locate
 from stages.model.matrices import StoredMatrix
@@ -58,8 +59,8 @@ def plan_export(settings: ExportSettings, progress: Progress) -> ExportPlan:
         None if settings.model else run.record.source.revision,
     )
     folder = locate(model, revision, progress)
-    source = open_source(folder)
-    for note in told_of_quantized(source):
+    source = open_source(folder, str(run.record.settings.get("dtype", "auto")))
+    for note in told_of_quantized(source) + told_of_cast(source):
         progress.note(note)
     require_same_shapes(source, run.record)
     plan = _model_plan(settings, run, folder, source)

@@ -9,7 +9,16 @@ from transformers.utils import TRANSFORMERS_DYNAMIC_MODULE_NAME
 
 from stages.model.build import OWN_CODE
 from stages.model.folder import ELSEWHERE
+from state.errors import InputError
 from state.identity import digest
+
+
+def refuse_own_code(folder: Path, error: Exception) -> None:
+    """Raise InputError where an error of transformers is that nobody allowed a model's own code."""
+    if "trust_remote_code" in str(error):
+        raise InputError(
+            f"{folder} brings Python code of its own; look at it, then allow it with --trust-remote-code"
+        ) from error
 
 
 def code_digests(model: PreTrainedModel) -> dict[str, str]:

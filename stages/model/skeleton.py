@@ -14,28 +14,38 @@ from torch import nn
 from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 
 from stages.model.build import build_meta_model
+from stages.model.cast_source import set_dtype
 from stages.model.dequantize.stated import without_quantization
 from stages.model.fused_experts import expert_matrices, fused_hub_name
 from stages.model.matrices import StoredMatrix
 from stages.model.modules import ExpertsModule, LinearModule
+from stages.model.own_code import refuse_own_code
 from stages.model.plausible import read_config
 from stages.model.tensor_map import map_tensors, operations
 from state.errors import InputError
 from state.reasons import reason
-from state.source import TensorEntry, weights_file
+from state.source import TensorEntry
+from state.weights_file import weights_file
 
 
-def load_config(folder: Path, trust_remote_code: bool = False) -> PretrainedConfig:
-    """The model's configuration. Raises InputError when it is missing, unreadable or of an unknown kind."""
+def load_config(folder: Path, trust_remote_code: bool = False, dtype: str | None = None) -> PretrainedConfig:
+    """The model's configuration. Raises InputError when it is missing, unreadable or of an unknown kind.
+
+    dtype: torch's name of what it computes in; None: what the file says.
+    """
     read_config(folder)
     try:
-        return AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
     except (
         Exception
     ) as error:  # the class of a model computes with what it finds, and raises what comes of it
+        refuse_own_code(folder, error)
         raise InputError(
             f"{folder}/config.json can't be used: {type(error).__name__}: {reason(error)}"
         ) from error
+    if dtype is not None:
+        set_dtype(config, dtype)
+    return config
 
 
 def refuse_other_weights(config: PretrainedConfig, folder: Path) -> None:

@@ -4,11 +4,12 @@ import json
 from pathlib import Path
 from typing import Any
 
+from stages.model.cast_source import with_dtype
 from stages.model.dequantize.stated import without_quantization
 from state.source import read_json
 
 
-def config_files(folder: Path, hf_quant_config: dict[str, Any]) -> dict[str, str]:
+def config_files(folder: Path, hf_quant_config: dict[str, Any], dtype: str | None = None) -> dict[str, str]:
     """Name → text of both files.
 
     config.json is the source's own, and the quantization: what transformers writes of a configuration lacks
@@ -17,11 +18,14 @@ def config_files(folder: Path, hf_quant_config: dict[str, Any]) -> dict[str, str
     Args:
         folder: of the source.
         hf_quant_config: modelopt's quantization config, names as on the hub.
+        dtype: torch's name of the dtype that was asked for instead of the source's own.
     """
     from modelopt.torch.export.convert_hf_config import convert_hf_quant_config_format
 
     path = folder / "config.json"
     content = without_quantization(read_json(path, path.read_bytes(), unique=False))
+    if dtype is not None:
+        content = with_dtype(content, dtype)
     files = {}
     quantization = hf_quant_config.get("quantization", {})
     if quantization.get("quant_algo") is not None or quantization.get("kv_cache_quant_algo") is not None:

@@ -2,9 +2,9 @@
 seconds.
 
 A kept plan is a file of `RUN/plans/`, named after the digest of everything the plan was made from: the
-recipe's name, the versions of the libraries, config.json and the shapes of all tensors. It is a cache: what
-is missing, damaged or of another version is made anew. Not kept are plans for recipe files of a person's own,
-which may draw on other files, and for models that bring code.
+recipe's name, the versions of the libraries, config.json, the dtype asked for and the shapes of all tensors.
+It is a cache: what is missing, damaged or of another version is made anew. Not kept are plans for recipe
+files of a person's own, which may draw on other files, and for models that bring code.
 """
 
 from importlib.metadata import version
@@ -14,6 +14,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from stages.formats import TABLE
+from stages.model.cast_source import dtype_asked
 from stages.model.matrices import StoredMatrix
 from stages.model.text_model import TextModel
 from stages.recipe.model_plan import ModelPlan, Scales
@@ -101,6 +102,7 @@ def _path(run: Path, folder: Path, source: Source, recipe_name: str) -> Path | N
         "layout": LAYOUT,
         "recipe": recipe_name,
         "versions": {package: version(package) for package in PACKAGES},
+        "dtype": dtype_asked(source),
         "config.json": digest((folder / "config.json").read_bytes()),
         "tensors": [(entry.name, entry.dtype, entry.shape) for entry in source.tensors.values()],
     }

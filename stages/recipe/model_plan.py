@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
+from stages.model.cast_source import dtype_asked
 from stages.model.matrices import StoredMatrix
 from stages.model.text_model import TextModel
 from stages.model.weights import TORCH_DTYPES
@@ -50,7 +51,7 @@ def make_plan(folder: Path, source: Source, recipe_name: str, trust_remote_code:
     from stages.recipe.recipes import resolve
 
     require_possible_counts(folder, source.tensors)
-    config = load_config(folder, trust_remote_code)
+    config = load_config(folder, trust_remote_code, dtype_asked(source))
     refuse_other_weights(config, folder)
     skeleton = Skeleton(config, source.tensors, trust_remote_code)
     require_possible_sizes(folder, skeleton.model, skeleton.parameter_of, source.tensors)
@@ -85,7 +86,10 @@ def describe(
         dtype=dtype,
         text=TextModel.of(skeleton.config),
         config=flattened(config),
-        files={where: config_files(source.folder, stated) for where, stated in variants.items()},
+        files={
+            where: config_files(source.folder, stated, dtype_asked(source))
+            for where, stated in variants.items()
+        },
     )
 
 

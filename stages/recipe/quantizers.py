@@ -64,9 +64,10 @@ def _insert(model: nn.Module, recipe: Recipe) -> None:
         warnings.simplefilter("ignore")
         try:
             mtq.quantize(model, recipe.config(), None)
-        except (RuntimeError, ValueError, AssertionError) as error:
+        except Exception as error:  # it reads and rewrites the model's own code
             raise InputError(
-                f"modelopt can't place the quantizers of this recipe in the model: {reason(error)}"
+                "modelopt can't place the quantizers of this recipe in the model: "
+                f"{type(error).__name__}: {reason(error)}"
             ) from error
 
 

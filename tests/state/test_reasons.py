@@ -13,6 +13,8 @@ from state.reasons import printable, reason
         (ValueError(), "ValueError"),
         (ValueError("  \n"), "ValueError"),
         (ValueError("bad \x1b[2J"), "bad \\x1b[2J"),
+        (ValueError("amax is tensor([[1., 2.],\n  [3., 4.]])"), "amax is a tensor"),
+        (ValueError("tensor(1., device='cuda:0') is not array([1]) here"), "a tensor is not a tensor here"),
         (ValueError("x" * 1000), "x" * 300 + "..."),
     ],
 )

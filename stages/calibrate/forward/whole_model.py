@@ -8,6 +8,7 @@ import torch
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
+from stages.model.own_code import refuse_own_code
 from stages.model.plausible import require_possible_ids
 from stages.model.skeleton import Skeleton
 from stages.model.weights import read_tensor
@@ -114,4 +115,5 @@ def load_tokenizer(folder: Path, trust_remote_code: bool = False) -> PreTrainedT
             tokenizer.chat_template = json.loads(processor.read_text(encoding="utf-8"))["chat_template"]
         return tokenizer
     except Exception as error:  # tokenizers raises bare Exception for a malformed tokenizer.json
+        refuse_own_code(folder, error)
         raise InputError(f"the tokenizer in {folder} can't be loaded: {reason(error)}") from error

@@ -62,6 +62,15 @@ class Accumulators:
         """Set max |W| of one linear, found elsewhere."""
         self.weights[array.key][place] = amax
 
+    def is_finite(self, layer: int) -> bool:
+        """Whether every input, K and V that a decoder layer saw was a number."""
+        rows = [
+            self.amax[array.key][array.layers.index(layer)]
+            for array in self.layout.arrays
+            if array.role != "weight" and layer in array.layers
+        ]
+        return not rows or bool(torch.stack([row.isfinite().all() for row in rows]).all())
+
     def _seen(self, key: str, place: Place) -> Seen:
         """Views of one site's statistics, made once."""
         if (key, place) not in self._views:

@@ -6,7 +6,7 @@ alone), and masks are looked up by it.
 """
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import wraps
 from typing import Any
 
@@ -19,11 +19,12 @@ KvObserver = Callable[[nn.Module, torch.Tensor, torch.Tensor], None]
 
 
 @contextmanager
-def observed_attention(observe: KvObserver) -> Iterator[None]:
+def observed_attention(observe: KvObserver, masks_on_meta: bool = False) -> Iterator[None]:
     """Within the context, call `observe(attention_module, k, v)` with [batch, kv_heads, tokens, head_dim] at
     every attention of every model.
 
-    The attention itself is the implementation the model has; its outputs are untouched.
+    The attention itself is the implementation the model has; its outputs are untouched. masks_on_meta: build
+    masks on the meta device too, for models that look at them; mostly that fails for want of values.
     """
 
     def watched(attend: Callable[..., Any]) -> Callable[..., Any]:
@@ -45,11 +46,11 @@ def observed_attention(observe: KvObserver) -> Iterator[None]:
         forward.is_watched = True  # type: ignore[attr-defined]
         return forward
 
-    with (
-        _results_changed(AttentionInterface, "get_interface", watched),
-        _results_changed(AttentionInterface, "__getitem__", watched),
-        _results_changed(AttentionMaskInterface, "__getitem__", _unless_on_meta),
-    ):
+    with ExitStack() as stack:
+        stack.enter_context(_results_changed(AttentionInterface, "get_interface", watched))
+        stack.enter_context(_results_changed(AttentionInterface, "__getitem__", watched))
+        if not masks_on_meta:
+            stack.enter_context(_results_changed(AttentionMaskInterface, "__getitem__", _unless_on_meta))
         yield
 
 

@@ -42,9 +42,9 @@ class Probe:
     memory: dict[str, str] = field(default_factory=dict)
 
 
-def probe(skeleton: Skeleton, model: PreTrainedModel) -> Probe:
+def probe(skeleton: Skeleton, model: PreTrainedModel, masks_on_meta: bool = False) -> Probe:
     """Run PROBE_TOKENS tokens through the model (on the meta device: its shapes) and record which tensor
-    reached what.
+    reached what. masks_on_meta: as in `observed_attention`.
     """
     found = Probe()
     kept: list[torch.Tensor] = []  # keeps every tensor alive, so that identities stay unique
@@ -82,7 +82,7 @@ def probe(skeleton: Skeleton, model: PreTrainedModel) -> Probe:
         with (
             torch.inference_mode(),
             without_logits(model),
-            observed_attention(key_value),
+            observed_attention(key_value, masks_on_meta),
             _shapes_only(model),
         ):
             # With an explicit mask transformers doesn't search the positions for packed documents.

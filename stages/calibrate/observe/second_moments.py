@@ -43,6 +43,10 @@ class Moments:
         total = self._sum(array)
         return total if array.experts is not None else total[None]
 
+    def is_finite(self) -> bool:
+        """Whether every sum fits float32."""
+        return all(bool(total.isfinite().all()) for total in self.sums.values())
+
     def _sum(self, array: SiteArray) -> torch.Tensor:
         if array.key not in self.sums:
             experts = () if array.experts is None else (array.experts,)

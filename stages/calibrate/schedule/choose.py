@@ -28,11 +28,6 @@ def next_schedule(settings: CalibrateSettings, work: Prepared, head: Head) -> Na
     unsolved = work.solver is not None and unsolved_layers(work, work.solver, head)
     if head.finished and not unsolved:
         return None
-    if work.probe is None and (unsolved or "layerwise" in (settings.schedule, _begun(head))):
-        raise InputError(
-            f"the layers of {work.folder.name} can't be loaded one by one: its sites show only in loaded "
-            "weights. Recipes without a solver work with --schedule whole"
-        )
     if head.finished:
         return "layerwise"
     begun = _begun(head)

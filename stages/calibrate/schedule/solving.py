@@ -2,6 +2,7 @@
 to fold.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ from stages.recipe.quantizer_plan import QuantizerPlan
 from stages.recipe.solvers import Solver, stacked_name
 from stages.solve.layer import Group, Place, solve_layer
 from stages.solve.moments import SiteStatistics
+from state.errors import InputError
 from state.layout import SiteArray
 from state.names import Site, split_name
 from state.update import Solution
@@ -32,6 +34,7 @@ class SolverPass:
         attributes: kept with every solution, such as the environment it was found in.
         stop: raised as Interrupted while a layer is solved, which may take minutes: without its end the layer
         has to be solved again anyway.
+        require_finite: called with a layer before it is solved; raises where it saw inf or NaN.
     """
 
     def __init__(
@@ -44,10 +47,12 @@ class SolverPass:
         solved: set[int],
         attributes: dict[str, Any],
         stop: StopRequest,
+        require_finite: Callable[[int], None],
     ) -> None:
         self.solver, self.quantizers, self.skeleton = solver, quantizers, skeleton
         self.statistics, self.folds = statistics, folds
         self.solved, self.attributes, self.stop = set(solved), attributes, stop
+        self.require_finite = require_finite
         self.modules = _modules_by_layer(quantizers)
         self.sites = _sites_by_layer(folds)
 
@@ -63,7 +68,16 @@ class SolverPass:
 
     @torch.inference_mode()
     def solve(self, layer: int, moments: Moments) -> Solution:
-        """The layer's solution; its weights are loaded."""
+        """The layer's solution; its weights are loaded.
+
+        Raises InputError where it saw inf or NaN, or inputs whose squares leave float32.
+        """
+        self.require_finite(layer)
+        if not moments.is_finite():
+            raise InputError(
+                f"inputs of layer {layer} are so large that their squares leave float32, and solvers need "
+                "those; choose a recipe without a solver, such as nvfp4"
+            )
         method = self.solver.method
         with self.stop.at_once():
             found = solve_layer(

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from stages.model.cast_source import KEYS, NAMES, CastSource, cast_source
 from stages.model.dequantize.codes import E2M1
 from stages.model.dequantize.detect import SHAPE, Found, find_quantized
 from stages.model.dequantize.stated import stated_quantization
@@ -23,6 +24,8 @@ from stages.model.weights import TORCH_DTYPES, map_tensor
 from state.durable import Bytes
 from state.errors import InputError
 from state.source import Source, TensorEntry
+
+TORCH_NAMES = {dtype: str(dtype).removeprefix("torch.") for dtype in TORCH_DTYPES.values()}
 
 
 @dataclass(frozen=True)
@@ -67,16 +70,23 @@ class DequantizedSource(Source):
         self.held.require_unchanged()
 
 
-def open_source(folder: Path) -> Source:
+def open_source(folder: Path, dtype: str = "auto") -> Source:
     """The tensors of a model folder, dequantized where they are quantized.
 
+    dtype: what floats are presented in, by torch's name; `auto`: in their own.
     Raises InputError as `Source.open` and `find_quantized` do.
     """
-    held = Source.open(folder)
-    config = read_config(folder)
+    held, config = Source.open(folder), read_config(folder)
+    own = _stated_dtype(config)
+    if dtype == "auto" or (own is not None and TORCH_NAMES[own] == dtype):
+        return _dequantized(folder, held, config, own or _first_half(held))
+    return cast_source(_dequantized(folder, held, config, TORCH_DTYPES[NAMES[dtype]]), dtype)
+
+
+def _dequantized(folder: Path, held: Source, config: Mapping[str, Any], dtype: torch.dtype) -> Source:
+    """A folder's tensors, those that are quantized in `dtype`."""
     stated = stated_quantization(config, str(folder / CONFIG))
     shapes = {name: _integers(held, name) for name in held.tensors if name.endswith(SHAPE)}
-    dtype = _dtype(config, held)
     found = find_quantized(held.tensors, shapes, stated, dtype, str(folder))
     if not found.weights:
         return held
@@ -90,6 +100,7 @@ def microscales(source: Source, matrix: StoredMatrix) -> Tensor | None:
     """The exponents of the scales of a matrix that is held in MXFP4, uint8 `[rows, columns / 32]`: one for
     each 32 values of a row. None where it is held otherwise, or its rows are not those that have scales.
     """
+    source = _beneath(source)
     weight = source.found.weights.get(matrix.tensor) if isinstance(source, DequantizedSource) else None
     if weight is None or weight.code is not E2M1 or weight.transposed != matrix.transposed:
         return None
@@ -105,6 +116,7 @@ def powers_of_two(exponents: Tensor) -> Tensor:
 
 def told_of_quantized(source: Source) -> list[str]:
     """For people: what of a source is dequantized while it is read, and what is left out with its scales."""
+    source = _beneath(source)
     if not isinstance(source, DequantizedSource):
         return []
     schemes = sorted(Counter(source.quantized.values()).items())
@@ -117,6 +129,11 @@ def told_of_quantized(source: Source) -> list[str]:
     return told
 
 
+def _beneath(source: Source) -> Source:
+    """What is cast; a source that is not cast is itself."""
+    return source.held if isinstance(source, CastSource) else source
+
+
 def _integers(source: Source, name: str) -> list[int]:
     tensor: Tensor = map_tensor(source, name)
     if tensor.is_floating_point() or tensor.numel() > 4:
@@ -125,13 +142,18 @@ def _integers(source: Source, name: str) -> list[int]:
     return values
 
 
-def _dtype(config: Mapping[str, Any], source: Source) -> torch.dtype:
-    """What the model computes in, as config.json says, or else what the first plain float tensor is in."""
-    named = {str(dtype).removeprefix("torch."): dtype for dtype in TORCH_DTYPES.values()}
+def _stated_dtype(config: Mapping[str, Any]) -> torch.dtype | None:
+    """What the model computes in, as config.json says; None where it does not."""
+    named = {name: dtype for dtype, name in TORCH_NAMES.items()}
     text = config.get("text_config")
     for part in (config, text if isinstance(text, Mapping) else {}):
-        for key in ("dtype", "torch_dtype"):
+        for key in KEYS:
             if part.get(key) in named:
                 return named[part[key]]
+    return None
+
+
+def _first_half(source: Source) -> torch.dtype:
+    """What the first plain tensor of 16 bits is in."""
     floats = (entry.dtype for entry in source.tensors.values() if entry.dtype in ("BF16", "F16"))
     return TORCH_DTYPES[next(floats, "BF16")]
