@@ -21,18 +21,18 @@ from benchmarks.section import Section
 from benchmarks.timing import Timing, seconds, spread
 from stages.calibrate.forward.buffers import Limits
 from stages.calibrate.forward.layer_weights import OUTSIDE, Weights, materialise_buffers
-from stages.calibrate.forward.layers import LayerwiseForward
+from stages.calibrate.forward.layers import LayerStep, LayerwiseForward
 from stages.calibrate.observe.accumulate import Accumulators
 from stages.calibrate.observe.arrays import plan_layout
+from stages.calibrate.observe.layer_parts import layer_parts
 from stages.calibrate.observe.relations import probe
 from stages.calibrate.observe.second_moments import Moments
 from stages.calibrate.schedule.layerwise import LayerByLayer, LayerSolver
+from stages.calibrate.schedule.proving import Prover
 from stages.calibrate.schedule.solving import SolverPass
 from stages.calibrate.signals import StopRequest
-from stages.fold.sites import fold_map
 from stages.model.decoder import find_decoder
 from stages.model.skeleton import Skeleton, load_config
-from stages.model.text_model import TextModel
 from stages.recipe.quantizers import plan_quantizers
 from stages.recipe.recipes import resolve
 from stages.recipe.solvers import solver_of
@@ -67,9 +67,9 @@ class Timed:
     def moments(self, layer: int) -> Moments:
         return self.solver.moments(layer)
 
-    def solve(self, layer: int, moments: Moments) -> Solution | None:
+    def solve(self, step: LayerStep, moments: Moments) -> Solution | None:
         found: list[Solution] = []
-        self.seconds += seconds(lambda: found.append(self.solver.solve(layer, moments)), self.device)
+        self.seconds += seconds(lambda: found.append(self.solver.solve(step, moments)), self.device)
         return found[0]
 
 
@@ -81,10 +81,10 @@ class Resident:
         self.source = Source.open(subject.model)
         self.skeleton = Skeleton(load_config(subject.model), self.source.tensors)
         model = self.skeleton.model
-        self.layout = plan_layout(self.skeleton, probe(self.skeleton, model))
+        found = probe(self.skeleton, model)
+        self.layout = plan_layout(self.skeleton, found)
+        self.parts = layer_parts(self.skeleton, found, self.layout.relations, self.source.tensors)
         self.plans = {name: plan_quantizers(self.skeleton, resolve(name)) for name in RECIPES.values()}
-        shapes = {name: entry.shape for name, entry in self.source.tensors.items()}
-        self.folds = fold_map(shapes, TextModel.of(self.skeleton.config), self.layout.relations)
         self.parameters = sum(
             math.prod(self.source.tensors[f"{name}.weight"].shape)
             for name in self.plans[RECIPES["AWQ full"]].weights
@@ -120,12 +120,12 @@ class Resident:
         statistics, quantizers = self._accumulators(), self.plans[recipe]
         solver = solver_of(quantizers)
         assert solver is not None
-        folds, stop = self.folds, StopRequest()
+        prover, stop = Prover(self.skeleton, self.parts, [], print), StopRequest()
 
         def finite(_layer: int) -> None:
             return
 
-        solving = SolverPass(solver, quantizers, self.skeleton, statistics, folds, set(), {}, stop, finite)
+        solving = SolverPass(solver, quantizers, self.skeleton, statistics, prover, set(), {}, stop, finite)
         timed = Timed(solving, self.device)
         both = self._run(tokens, statistics, timed)
         return both - timed.seconds, timed.seconds

@@ -14,16 +14,17 @@ from stages.calibrate.observe.arrays import plan_layout
 from stages.calibrate.observe.attach import record_weights
 from stages.calibrate.observe.complete import require_tokens
 from stages.calibrate.observe.finite import first_overflow, overflow_message
+from stages.calibrate.observe.layer_parts import layer_parts
 from stages.calibrate.prepare import Prepared, probe_loaded
 from stages.calibrate.schedule.choose import Name, solved_layers, unsolved_layers
 from stages.calibrate.schedule.layerwise import LayerByLayer
+from stages.calibrate.schedule.proving import Prover
 from stages.calibrate.schedule.solving import SolverPass
 from stages.calibrate.schedule.steps import Schedule, Step
 from stages.calibrate.schedule.whole import WholeModel
 from stages.calibrate.signals import StopRequest
 from stages.commands import calibrate_command
-from stages.fold.sites import fold_map
-from stages.model.text_model import TextModel
+from stages.fold.proof import LayerProof
 from stages.progress import Progress
 from stages.settings import CalibrateSettings
 from state.background import BackgroundWriter
@@ -159,8 +160,9 @@ class Pass:
         solved = solved_layers(work.solver.id, head)
         if solved:
             self._require_same_environment(work.solver.id, min(solved))
-        shapes = {name: entry.shape for name, entry in work.source.tensors.items()}
-        folds = fold_map(shapes, TextModel.of(work.config), statistics.layout.relations)
+        assert work.probe is not None
+        parts = layer_parts(work.skeleton, work.probe, statistics.layout.relations, work.source.tensors)
+        prover = Prover(work.skeleton, parts, self._proofs(work.solver.id, solved), self.progress.note)
         attributes = {"environment": work.environment.model_dump(mode="json")}
 
         def require_finite(layer: int) -> None:
@@ -172,12 +174,20 @@ class Pass:
             work.quantizers,
             work.skeleton,
             statistics,
-            folds,
+            prover,
             solved,
             attributes,
             self.stop,
             require_finite,
         )
+
+    def _proofs(self, solver_id: str, solved: set[int]) -> list[LayerProof]:
+        """What earlier processes proved of solved layers."""
+        if not solved:
+            return []
+        run = open_run(self.settings.run)
+        every = (run.solution(solver_id, layer).attributes for layer in sorted(solved))
+        return [LayerProof.decode(found["proof"]) for found in every if "proof" in found]
 
     def _require_same_environment(self, solver_id: str, layer: int) -> None:
         """Solutions of one solver come from one environment, or from several by consent."""

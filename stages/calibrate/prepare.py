@@ -13,17 +13,16 @@ from stages.calibrate.by_layers import require_layers
 from stages.calibrate.forward.loaded_dtypes import in_float32, kept_wide
 from stages.calibrate.forward.whole_model import load_tokenizer, pick_device
 from stages.calibrate.identify import environment, identify
+from stages.calibrate.observe.layer_parts import layer_parts
 from stages.calibrate.observe.relations import Probe, probe, relations
 from stages.calibrate.scalable import nothing_to_scale
 from stages.calibrate.text.files import DataUnreachable
 from stages.calibrate.text.tokens import token_matrix
-from stages.fold.sites import fold_map
 from stages.model.cast_source import dtype_asked, require_held_by_dtype, told_of_cast
 from stages.model.dequantize.source import open_source, told_of_quantized
 from stages.model.folder import locate
 from stages.model.plausible import require_possible_counts, require_possible_sizes
 from stages.model.skeleton import Skeleton, load_config, refuse_other_weights
-from stages.model.text_model import TextModel
 from stages.progress import Progress
 from stages.recipe.exportable import require_exportable
 from stages.recipe.quantizer_plan import QuantizerPlan, told_left_out
@@ -95,9 +94,8 @@ def prepare(settings: CalibrateSettings, writer: RunWriter | None, progress: Pro
         progress.note(left_out)
     require_held_by_dtype(source)
     if solver is not None and found is not None:
-        shapes = {name: entry.shape for name, entry in source.tensors.items()}
-        folds = fold_map(shapes, TextModel.of(config), relations(skeleton, found))
-        if warning := nothing_to_scale(solver, settings.recipe, folds, quantizers.weights):
+        parts = layer_parts(skeleton, found, relations(skeleton, found), source.tensors)
+        if warning := nothing_to_scale(solver, settings.recipe, parts.values(), quantizers.weights):
             progress.warn(warning)
     tokens = _tokens(settings, folder, writer, progress)
     _refuse_unknown(tokens, skeleton, folder)

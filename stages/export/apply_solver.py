@@ -22,6 +22,7 @@ from stages.recipe.solvers import Solver
 from stages.settings import Fold
 from stages.solve.smoothquant import pre_quant_scale
 from state.errors import InputError
+from state.names import split_name
 from state.reader import Calibration
 from state.source import Source
 
@@ -71,6 +72,18 @@ class Applied:
         return "separate" if self.rescaling.separate else "folded"
 
     @property
+    def folds(self) -> dict[str, list[str]]:
+        """Module that a scale was divided out of → the modules that took it in, by pattern."""
+        if self.scales != "folded":
+            return {}
+        found: dict[str, dict[str, None]] = {}
+        for name in self.rescaling.scales:
+            site = self.rescaling.folds.sites[name]
+            readers = found.setdefault(split_name(name)[0], {})
+            readers.update((split_name(part.module)[0], None) for part in site.consumers)
+        return {source: list(readers) for source, readers in sorted(found.items())}
+
+    @property
     def policies(self) -> tuple[PolicyUse, ...]:
         """The policies that acted while solving."""
         return self.solved.policies if self.solved is not None else ()
@@ -101,8 +114,7 @@ def apply_solver(solver: Solver | None, subject: Subject, found: Observed, fold:
 def _solution(solved: Solved, subject: Subject, fold: Fold) -> Rescaling:
     """The scales of a solver's solutions, folded or separate."""
     quantizers = subject.quantizers
-    shapes = {name: entry.shape for name, entry in subject.source.tensors.items()}
-    folds = fold_map(shapes, subject.plan.text, subject.run.layout.relations)
+    folds = _folds(solved, subject)
     scales = solved.scales(folds.sites)
     norms = _norm_tensors(folds, scales, subject.source)
     if fold == "auto" or not scales:
@@ -114,6 +126,19 @@ def _solution(solved: Solved, subject: Subject, fold: Fold) -> Rescaling:
         )
     columns = {module: subject.matrix_shape(module)[1] for module in quantizers.weights}
     return kept_apart(subject.dtype, folds, scales, norms, columns, quantizers.fused_experts)
+
+
+def _folds(solved: Solved, subject: Subject) -> FoldMap:
+    """Where scales may be folded: where the layers' proofs say so, and in layers that were solved without a
+    proof where the table of families does.
+    """
+    proven = solved.proofs
+    sites = {site.name: site for layer, proof in proven.items() for site in proof.sites_of(layer)}
+    if unproven := set(solved.layers) - proven.keys():
+        shapes = {name: entry.shape for name, entry in subject.source.tensors.items()}
+        known = fold_map(shapes, subject.plan.text, subject.run.layout.relations)
+        sites |= {name: site for name, site in known.sites.items() if split_name(name)[1] in unproven}
+    return FoldMap(sites)
 
 
 def _smoothquant(solver: Solver, subject: Subject, found: Observed) -> Rescaling:

@@ -104,6 +104,7 @@ def plan_export(settings: ExportSettings, progress: Progress) -> ExportPlan:
         not run.head.finished,
         None if solver is None else solver.id,
         applied.kept_at_one,
+        applied.folds,
         quantizers.left_out,
         source.quantized,
     )

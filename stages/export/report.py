@@ -4,6 +4,7 @@ import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from stages.export.unify import PolicyUse
 from stages.export.units import Shard
@@ -16,7 +17,8 @@ class ExportReport:
     formats: how many modules are stored in each format. tensors: output tensors, by dtype. nbytes: of tensor
     data; source_nbytes: the source's. policies: every use. partial: the run was unfinished. solver: the id of
     the solutions applied, None for `max`. kept_at_one: fold site or module whose input a solver could not
-    scale → the reason. left_out: module or quantizer that the recipe names and that stays as it is → why.
+    scale → the reason. folds: module that a scale was divided out of → modules that took it in, by pattern.
+    left_out: module or quantizer that the recipe names and that stays as it is → why.
     dequantized: scheme → how many of the source's weights were read from it.
     The remaining fields are of this process only and stay out of the file, which holds no times and no paths.
     """
@@ -33,6 +35,7 @@ class ExportReport:
     kept_at_one: Mapping[str, str] = field(default_factory=dict)
     left_out: Mapping[str, str] = field(default_factory=dict)
     dequantized: Mapping[str, int] = field(default_factory=dict)
+    folds: Mapping[str, Sequence[str]] = field(default_factory=dict)
     already_finished: bool = False
     shards_written: int = 0
     shards_kept: int = 0
@@ -40,7 +43,7 @@ class ExportReport:
 
     def encode(self) -> bytes:
         """The bytes of `export_report.json`."""
-        content = {
+        content: dict[str, Any] = {
             "recipe": self.recipe,
             "solver": self.solver,
             "formats": self.formats,
@@ -56,6 +59,8 @@ class ExportReport:
             "kept_at_one": dict(self.kept_at_one),
             "left_out": dict(self.left_out),
         }
+        if self.folds:
+            content["folds"] = {source: list(readers) for source, readers in self.folds.items()}
         if self.dequantized:
             content["dequantized"] = dict(self.dequantized)
         return (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode()
@@ -77,6 +82,7 @@ def describe(
     partial: bool,
     solver: str | None,
     kept_at_one: Mapping[str, str],
+    folds: Mapping[str, Sequence[str]],
     left_out: Mapping[str, str],
     quantized: Mapping[str, str],
 ) -> ExportReport:
@@ -97,6 +103,7 @@ def describe(
         partial=partial,
         solver=solver,
         kept_at_one=kept_at_one,
+        folds=folds,
         left_out=left_out,
         dequantized=dict(sorted(Counter(quantized.values()).items())),
     )

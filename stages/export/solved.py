@@ -11,6 +11,7 @@ from torch import Tensor
 
 from stages.commands import calibrate_command
 from stages.export.unify import PolicyUse
+from stages.fold.proof import LayerProof
 from stages.recipe.quantizer_plan import QuantizerPlan
 from stages.recipe.solvers import Solver, array_name
 from state.errors import DamagedStore, InputError
@@ -102,6 +103,12 @@ class Solved:
         """The amax each block is clipped at: float32 `[out, blocks]`; None where blocks keep their own."""
         amax = self.get(module, "amax")
         return amax if amax is not None and amax.dim() == 2 else None
+
+    @property
+    def proofs(self) -> dict[int, LayerProof]:
+        """Layer → what was proven of it; layers that were solved by the table of families have none."""
+        every = ((layer, solution.attributes) for layer, solution in self._solutions.items())
+        return {layer: LayerProof.decode(found["proof"]) for layer, found in every if "proof" in found}
 
     @property
     def kept_at_one(self) -> dict[str, str]:

@@ -32,7 +32,7 @@ class Operand:
         transposed: the last two axes are stored as `[in, out]`.
         period, first: of every `period` rows, those from `first` on take scale entries, in order. 0 is one
             period over all rows; MLA has one per head (keys, then values), and where gate and up share a
-            tensor, up is the end of a single period.
+            tensor, up is the end of a single period, or the second of two rows where they are interleaved.
     """
 
     module: str
@@ -103,17 +103,18 @@ class FoldSite:
         """
         periods = part.rows // (part.period or part.rows)
         rows = scale.new_ones(*scale.shape[:-1], periods, part.rows // periods)
-        root = scale if self.degree == 1 else scale.pow(1 / self.degree)
         each = self.channels // periods
-        rows[..., part.first : part.first + each] = root.unflatten(-1, (periods, each))
+        rows[..., part.first : part.first + each] = self._root(scale).unflatten(-1, (periods, each))
         return rows.flatten(-2)
 
     def module_rows(self, part: Operand, scale: Tensor) -> Tensor:
-        """As `source_rows`, for the rows of the part's own module: an up projection has a tensor's last rows
-        where it shares one with its gate.
+        """As `source_rows`, for the rows of the part's own module: those of an expert's projection take all
+        entries, in order, wherever its tensor keeps them.
         """
-        rows = self.source_rows(part, scale)
-        return rows if part.expert is None else rows[..., part.first :]
+        return self.source_rows(part, scale) if part.expert is None else self._root(scale)
+
+    def _root(self, scale: Tensor) -> Tensor:
+        return scale if self.degree == 1 else scale.pow(1 / self.degree)
 
     def rounded(self, quantized: Container[str]) -> tuple[str, ...]:
         """Tensors that folding leaves to be rounded to their dtype: biases, and modules not in `quantized`.

@@ -54,6 +54,11 @@ class Solver:
     alpha: float
     id: str
 
+    @property
+    def searches_scales(self) -> bool:
+        """Whether it searches a scale for input channels, to be folded into what stands before them."""
+        return self.method in ("awq_lite", "awq_full") or self.awq_first
+
 
 def solver_of(quantizers: QuantizerPlan) -> Solver | None:
     """The solver of a plan's recipe; None where `max` is all it asks for.

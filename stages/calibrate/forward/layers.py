@@ -27,6 +27,7 @@ from stages.calibrate.forward.calls import Calls, LayerCall
 from stages.calibrate.forward.hidden import ARGUMENTS_FOLDER, HIDDEN_FOLDER, HiddenStates
 from stages.calibrate.forward.kept import Circumstances
 from stages.calibrate.forward.layer_weights import OUTSIDE, Weights, materialise_buffers
+from stages.calibrate.forward.rehearsal import TOKENS, Rehearsal
 from stages.model.decoder import find_decoder
 from stages.model.skeleton import Skeleton
 from state.source import Source
@@ -38,12 +39,16 @@ Outside = Callable[[], AbstractContextManager[object]]
 
 @dataclass(frozen=True)
 class LayerStep:
-    """A decoder layer that all batches have gone through; its weights stay until the next step is taken."""
+    """A decoder layer that all batches have gone through; its weights stay until the next step is taken.
+
+    rehearsal: how copies of it are called.
+    """
 
     layer: int
     name: str
     module: nn.Module
     states: HiddenStates
+    rehearsal: Rehearsal
 
     def seal(self) -> None:
         """Keep what is behind this layer for the next process to go on from: see `HiddenStates.seal`."""
@@ -68,6 +73,7 @@ class LayerwiseForward:
         outside: entered around the forward of what surrounds the layers, once per batch as the last layer
         runs; hooks see there what they see in the whole model's forward. On a GPU it goes on the stream
         beside (`Beside`), which is joined before the layer is yielded. Without it there is no such forward.
+        rehearsing: copies of layers will be run, for which a short window's calls are captured too.
 
     Raises:
         LayerwiseUnsupported: the model can't be run this way (here and in all methods).
@@ -86,6 +92,7 @@ class LayerwiseForward:
         outside: Outside | None = None,
         circumstances: Circumstances = MappingProxyType({}),
         say: Callable[[str], None] = lambda message: None,
+        rehearsing: bool = False,
     ) -> None:
         materialise_buffers(skeleton.model, device)
         self.decoder = find_decoder(skeleton.model)
@@ -97,6 +104,11 @@ class LayerwiseForward:
         )
         self._beside = Beside(device)
         self._calls = Calls(folder / ARGUMENTS_FOLDER, len(self._batches), device, limits, self._beside)
+        self._short = Calls(folder / ARGUMENTS_FOLDER, 1, device, limits, self._beside)
+        self._short_shape: torch.Size | None = None
+        self._rehearsing = rehearsing
+        self._beside_first: State = {}
+        self._first_shape = torch.Size()
         self._advance = advance
         self._outside = outside
         self._returns = 0
@@ -110,6 +122,7 @@ class LayerwiseForward:
     def __exit__(self, kind: type[BaseException] | None, *details: object) -> None:
         self._reader.shutdown(cancel_futures=True)
         self._calls.close()
+        self._short.close()
         if kind is None:
             self._states.close()
 
@@ -122,7 +135,17 @@ class LayerwiseForward:
         self._beside.follow()  # weights that were loaded before may still be on their way
         with self._beside.run():
             self._returns, self._examined = examine(self.decoder, self._batches[0])
+        if self._rehearsing:
+            self._capture_short()
         return self._states.layer
+
+    def _capture_short(self) -> None:
+        tokens = self._batches[0][:1, :TOKENS]
+        with self._beside.run():
+            short = capture_arguments(self.decoder, tokens, self._returns)
+            self._short.add(0, tokens.shape, short.calls)
+        self._short_shape = short.hidden.shape
+        self._beside.join(short.tensors())
 
     def steps(
         self, observe: Observe = lambda layer, module: nullcontext(), first: int = 0
@@ -144,9 +167,16 @@ class LayerwiseForward:
             self._beside.join()
             self._weights.free(OUTSIDE)
             if layer >= first:
-                yield LayerStep(layer, self.decoder.name(layer), module, self._states)
+                rehearsal = self._rehearsal(layer)
+                yield LayerStep(layer, self.decoder.name(layer), module, self._states, rehearsal)
             self._calls.drop(layer)
             self._states.turn()
+
+    def _rehearsal(self, layer: int) -> Rehearsal:
+        """With the short window, where hidden states alone are handed on; else with the first batch."""
+        if self._short_shape is not None and not self._beside_first:
+            return Rehearsal(self._short, layer, 0, {}, self._short_shape, self._returns)
+        return Rehearsal(self._calls, layer, 0, self._beside_first, self._first_shape, self._returns)
 
     def _loaded(self, layers: range) -> Iterator[int]:
         """Each layer while it has its weights; those of the next are read meanwhile."""
@@ -175,6 +205,9 @@ class LayerwiseForward:
         `LayerwiseForward`."""
         for batch in range(len(self._batches)):
             state = self._enter(layer, batch) if entering else self._states.read(batch)
+            if batch == 0:
+                self._first_shape = state[HIDDEN].shape
+                self._beside_first = {name: value.clone() for name, value in state.items() if name != HIDDEN}
             state = self._calls.bind(layer, batch, state).run(module, self._returns)
             if entering and batch == min(1, len(self._batches) - 1):
                 self._check()  # behind the batches that it is about: a GPU has them to compute meanwhile

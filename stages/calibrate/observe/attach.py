@@ -78,6 +78,8 @@ def observed_keys_and_values(
         return [layout.locate(Site(name, "k")), layout.locate(Site(name, "v"))]
 
     def key_value(module: nn.Module, *observed: torch.Tensor) -> None:
+        if module not in names():  # of a copy of a layer, whose folds are tried
+            return
         for (array, place), values in zip(located(module), observed, strict=True):
             sink.add(array, place, channels_last(values))
 

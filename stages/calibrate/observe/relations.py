@@ -32,13 +32,14 @@ class Probe:
     """What one forward showed, in hub names.
 
     inputs: (module, tensor identity, storage identity) for every input that reached a weight. norms: storage
-    identity of a norm's output → the norm. kv_channels: attention module → (K channels, V channels). memory:
-    attention module → its name in memory.
+    identity of a norm's output → the norm. kv_channels: attention module → (K channels, V channels);
+    value_heads: attention module → heads of V. memory: attention module → its name in memory.
     """
 
     inputs: list[tuple[str, int, int]] = field(default_factory=list)
     norms: dict[int, str] = field(default_factory=dict)
     kv_channels: dict[str, tuple[int, int]] = field(default_factory=dict)
+    value_heads: dict[str, int] = field(default_factory=dict)
     memory: dict[str, str] = field(default_factory=dict)
 
 
@@ -66,6 +67,7 @@ def probe(skeleton: Skeleton, model: PreTrainedModel, masks_on_meta: bool = Fals
     def key_value(module: nn.Module, key: torch.Tensor, value: torch.Tensor) -> None:
         attention = skeleton.hub_name(names[id(module)])
         found.memory[attention] = names[id(module)]
+        found.value_heads[attention] = value.shape[1]
         found.kv_channels[attention] = (key.shape[1] * key.shape[3], value.shape[1] * value.shape[3])
 
     memory = {linear.hub: linear.memory for linear in skeleton.linears}

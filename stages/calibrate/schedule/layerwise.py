@@ -16,7 +16,7 @@ from torch import nn
 
 from stages.calibrate.forward.buffers import Limits
 from stages.calibrate.forward.kept import Circumstances
-from stages.calibrate.forward.layers import LayerwiseForward
+from stages.calibrate.forward.layers import LayerStep, LayerwiseForward
 from stages.calibrate.observe.accumulate import Accumulators
 from stages.calibrate.observe.attach import observed_keys_and_values, observed_rows, record_weights
 from stages.calibrate.observe.second_moments import Moments
@@ -41,7 +41,7 @@ class LayerSolver(Protocol):
     def moments(self, layer: int) -> Moments:
         """An empty place for the second moments it needs of a layer."""
 
-    def solve(self, layer: int, moments: Moments) -> Solution | None:
+    def solve(self, step: LayerStep, moments: Moments) -> Solution | None:
         """The layer's solution, from its loaded weights; None where nothing in it is quantized."""
 
 
@@ -92,6 +92,7 @@ class LayerByLayer:
             None if finished else lambda: self._finishing.hand_to(statistics),
             circumstances,
             say,
+            rehearsing=solver is not None,
         )
         self._finishing = Selected()
         self._new_from = 0
@@ -152,7 +153,7 @@ class LayerByLayer:
                     outside = self._background.submit(self._outside_weights)
                 solution = None
                 if step.layer in wanted and self.solver is not None:
-                    solution = self.solver.solve(step.layer, wanted.pop(step.layer))
+                    solution = self.solver.solve(step, wanted.pop(step.layer))
                 if last and outside is not None:
                     for site, amax in outside.result().items():
                         self.statistics.set_weight(*layout.locate(site), amax)

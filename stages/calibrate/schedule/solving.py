@@ -8,10 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from stages.calibrate.forward.layers import LayerStep
 from stages.calibrate.observe.accumulate import Accumulators
 from stages.calibrate.observe.attach import split_projections
 from stages.calibrate.observe.host import to_host
 from stages.calibrate.observe.second_moments import Moments
+from stages.calibrate.schedule.proving import Prover
 from stages.calibrate.signals import StopRequest
 from stages.fold.folds import FoldMap, FoldSite
 from stages.formats import WeightFormat
@@ -30,6 +32,7 @@ class SolverPass:
     """Solves layer after layer, for `LayerByLayer`.
 
     Args:
+        prover: finds where scales may be folded, for solvers that search any.
         solved: layers whose solutions the run holds already.
         attributes: kept with every solution, such as the environment it was found in.
         stop: raised as Interrupted while a layer is solved, which may take minutes: without its end the layer
@@ -43,18 +46,17 @@ class SolverPass:
         quantizers: QuantizerPlan,
         skeleton: Skeleton,
         statistics: Accumulators,
-        folds: FoldMap,
+        prover: Prover,
         solved: set[int],
         attributes: dict[str, Any],
         stop: StopRequest,
         require_finite: Callable[[int], None],
     ) -> None:
         self.solver, self.quantizers, self.skeleton = solver, quantizers, skeleton
-        self.statistics, self.folds = statistics, folds
+        self.statistics, self.prover = statistics, prover
         self.solved, self.attributes, self.stop = set(solved), attributes, stop
         self.require_finite = require_finite
         self.modules = _modules_by_layer(quantizers)
-        self.sites = _sites_by_layer(folds)
 
     def missing(self, layer: int) -> bool:
         return layer in self.modules and layer not in self.solved
@@ -67,29 +69,32 @@ class SolverPass:
         return Moments(keys, self._device())
 
     @torch.inference_mode()
-    def solve(self, layer: int, moments: Moments) -> Solution:
+    def solve(self, step: LayerStep, moments: Moments) -> Solution:
         """The layer's solution; its weights are loaded.
 
         Raises InputError where it saw inf or NaN, or inputs whose squares leave float32.
         """
+        method, layer = self.solver.method, step.layer
         self.require_finite(layer)
         if not moments.is_finite():
             raise InputError(
                 f"inputs of layer {layer} are so large that their squares leave float32, and solvers need "
                 "those; choose a recipe without a solver, such as nvfp4"
             )
-        method = self.solver.method
+        attributes, folds = dict(self.attributes), FoldMap()
         with self.stop.at_once():
+            if self.solver.searches_scales:
+                proof = self.prover.prove(step)
+                attributes["proof"] = proof.encode()
+                folds = proof.folds(layer, self.modules[layer])
             found = solve_layer(
                 self._groups(layer, moments),
-                self._places(layer),
-                scales_by_awq=method in ("awq_lite", "awq_full") or self.solver.awq_first,
+                self._places(folds),
+                scales_by_awq=self.solver.searches_scales,
                 clip=method in ("awq_clip", "awq_full"),
                 damping=self.solver.damping if method == "gptq" else None,
             )
-        modules = self.modules[layer]
-        kept = {module: reason for module, reason in self.folds.impossible.items() if module in modules}
-        attributes = self.attributes | {"method": method, "policies": found.policies, "kept_at_one": kept}
+        attributes |= {"method": method, "policies": found.policies, "kept_at_one": folds.impossible}
         self.solved.add(layer)
         return Solution(self.solver.id, layer, to_host(found.arrays), attributes)
 
@@ -150,8 +155,8 @@ class SolverPass:
             total, tokens = total[None], tokens[None]
         return SiteStatistics(moments.of(array), total.float(), tokens)
 
-    def _places(self, layer: int) -> list[Place]:
-        """Where this layer's scales can go, experts taken together."""
+    def _places(self, folds: FoldMap) -> list[Place]:
+        """Where a layer's scales can go, experts taken together."""
         return [
             Place(
                 site,
@@ -160,7 +165,7 @@ class SolverPass:
                 tuple(dict.fromkeys(stacked_name(part.module) for part in site.consumers)),
                 self._parameter(site.sources[0].tensor) if site.kind == "norm" else None,
             )
-            for name, site in self.sites.get(layer, {}).items()
+            for name, site in _stacked_sites(folds).items()
         ]
 
     def _parameter(self, tensor: str) -> Tensor:
@@ -180,11 +185,9 @@ def _modules_by_layer(quantizers: QuantizerPlan) -> dict[int, dict[str, None]]:
     return modules
 
 
-def _sites_by_layer(folds: FoldMap) -> dict[int, dict[str, FoldSite]]:
-    """The places to fold of each decoder layer by stacked name, the first expert's standing for all."""
-    sites: dict[int, dict[str, FoldSite]] = {}
+def _stacked_sites(folds: FoldMap) -> dict[str, FoldSite]:
+    """The places to fold by stacked name, the first expert's standing for all."""
+    sites: dict[str, FoldSite] = {}
     for site in folds.sites.values():
-        layer = split_name(site.name)[1]
-        if layer is not None:
-            sites.setdefault(layer, {}).setdefault(stacked_name(site.name), site)
+        sites.setdefault(stacked_name(site.name), site)
     return sites
