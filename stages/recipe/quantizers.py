@@ -16,6 +16,7 @@ from stages.formats import TABLE, WeightFormat
 from stages.model.engine_fused import fused_with
 from stages.model.modules import ExpertsModule
 from stages.model.skeleton import Skeleton
+from stages.recipe.hub_config import in_hub_names
 from stages.recipe.quantizer_plan import KvFormat, QuantizerPlan
 from stages.recipe.recipes import ALGORITHMS, Recipe
 from state.errors import InputError
@@ -52,7 +53,8 @@ def plan_quantizers(skeleton: Skeleton, recipe: Recipe) -> QuantizerPlan:
         constant_inputs=reader.constants,
         kv=reader.kv,
         fused_experts=frozenset(reader.fused),
-        hf_quant_config=_hub_names(get_quant_config(model), skeleton),
+        together=reader.together,
+        hf_quant_config=in_hub_names(get_quant_config(model), skeleton),
         left_out=reader.left_out,
     )
 
@@ -83,6 +85,7 @@ class _PlanReader:
         self.constants: dict[str, float] = {}
         self.kv: dict[str, KvFormat] = {}
         self.fused: set[str] = set()
+        self.together: dict[str, str] = {}
         self.served: set[str] = set()
         self.enabled: dict[str, Any] = {}
         self.left_out: dict[str, str] = {}
@@ -108,34 +111,46 @@ class _PlanReader:
         self._input([hub], f"{memory}.input_quantizer", module.input_quantizer)
 
     def _read_experts(self, experts: ExpertsModule, module: nn.Module) -> None:
-        if experts.fused_on_hub and experts.biased:
-            self._refuse_fused(experts, module)
-            return
         for parameter, leaves in ((experts.up_parameter, experts.up), ("down_proj", (experts.down,))):
             hubs = [f"{experts.hub}.{number}.{leaf}" for number in range(experts.count) for leaf in leaves]
-            quantizers = getattr(module, f"{parameter}_weight_quantizers")
-            if not quantizers[0].is_enabled:
+            name = f"{parameter}_weight_quantizer"
+            together = hasattr(module, name)  # modelopt's word for: one tensor, one scale
+            quantizer = getattr(module, name) if together else getattr(module, f"{name}s")[0]
+            if not quantizer.is_enabled:
                 continue
-            prefix = f"{experts.memory}.{parameter}_weight_quantizers"
-            for number in range(experts.count):
-                self.served.add(f"{prefix}.{number}")
-                self.served.update(f"{prefix}.{number}.{step}" for step in range(2))
-            self._weight(hubs, f"{experts.memory}.{parameter}_weight_quantizers.0", module, quantizers[0])
+            if together:
+                self.together.update((hub, self.skeleton.matrix(hub).tensor) for hub in hubs)
+            elif experts.fused_on_hub and experts.biased:
+                self._refuse_biased(experts)
+            else:
+                name += "s.0"
+                prefix = f"{experts.memory}.{parameter}_weight_quantizers"
+                for number in range(experts.count):
+                    self.served.add(f"{prefix}.{number}")
+                    self.served.update(f"{prefix}.{number}.{step}" for step in range(2))
+            self._weight(hubs, f"{experts.memory}.{name}", module, quantizer)
+            if together:
+                self._refuse_apart(experts, self.weights[hubs[0]])
             name = f"{parameter}_input_quantizer"
             self._input(hubs, f"{experts.memory}.{name}", getattr(module, name))
             self.fused.update(hubs)
 
-    def _refuse_fused(self, experts: ExpertsModule, module: nn.Module) -> None:
-        """Raise InputError where the recipe quantizes experts with biases that the checkpoint stores as one
-        tensor: no engine is known to read those expert by expert.
-        """
-        from modelopt.torch.quantization.nn import TensorQuantizer
+    def _refuse_biased(self, experts: ExpertsModule) -> None:
+        """Raise InputError: no engine is known to read experts one by one whose biases are in one tensor."""
+        raise InputError(
+            f"recipe {self.recipe.name!r} quantizes {experts.hub}, whose experts have biases and are "
+            "stored fused in one tensor, and modelopt would write them one by one; that is not supported: "
+            "choose a recipe that leaves them alone, such as general/ptq/nvfp4_omlp_only-kv_fp8"
+        )
 
-        if any(part.is_enabled for part in module.modules() if isinstance(part, TensorQuantizer)):
+    def _refuse_apart(self, experts: ExpertsModule, weight: WeightFormat) -> None:
+        """Raise InputError where modelopt has no layout for experts of this format in one tensor."""
+        if not weight.holds_together:
+            held = ", ".join(name for name, other in TABLE.items() if other.holds_together)
             raise InputError(
-                f"recipe {self.recipe.name!r} quantizes {experts.hub}, whose experts have biases and are "
-                "stored fused in one tensor; that is not supported yet; supported: a recipe that leaves them "
-                "alone, such as general/ptq/nvfp4_omlp_only-kv_fp8"
+                f"recipe {self.recipe.name!r} quantizes {experts.hub} to {weight.name}, and modelopt keeps "
+                f"these experts in one tensor, which it can write in {held} alone; choose a recipe of these, "
+                "or one that leaves the experts alone, such as general/ptq/nvfp4_omlp_only-kv_fp8"
             )
 
     def _read_attention(self, memory: str, module: nn.Module) -> None:
@@ -270,27 +285,3 @@ def _per_tensor_fp8(quantizer: Any) -> bool:
         and not quantizer.block_sizes
         and _plain(quantizer)
     )
-
-
-def _hub_names(config: dict[str, Any], skeleton: Skeleton) -> dict[str, Any]:
-    """Rename the modules of modelopt's exclude list and per-layer table from memory names to hub names.
-
-    A trailing wildcard stays where it is.
-    """
-    quantization = config["quantization"]
-    if "exclude_modules" in quantization:
-        quantization["exclude_modules"] = [
-            _hub_pattern(entry, skeleton) for entry in quantization["exclude_modules"]
-        ]
-    if "quantized_layers" in quantization:
-        quantization["quantized_layers"] = {
-            skeleton.hub_name(name): entry for name, entry in quantization["quantized_layers"].items()
-        }
-    return config
-
-
-def _hub_pattern(entry: str, skeleton: Skeleton) -> str:
-    for wildcard in (".*", "*"):
-        if entry.endswith(wildcard):
-            return skeleton.hub_name(entry.removesuffix(wildcard)) + wildcard
-    return skeleton.hub_name(entry)

@@ -102,10 +102,8 @@ def _quantized_faults(matrix: Matrix, export: Checkpoint, asked: Asked) -> Itera
         if not asked.folded and not (kept.dtype == matrix.value.dtype and torch.equal(kept, matrix.value)):
             yield f"{matrix.module} is neither quantized nor the source's"
         return
-    values = export.values(matrix.module)
+    values = export.values(matrix.module, matrix.transposed)
     wanted = matrix.value.float()
-    if values.shape != wanted.shape:
-        values = values.transpose(-1, -2)
     if values.shape != wanted.shape:
         yield f"{matrix.module} has shape {tuple(values.shape)}, not {tuple(wanted.shape)}"
         return

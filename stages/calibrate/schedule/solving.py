@@ -103,6 +103,7 @@ class SolverPass:
         members: dict[tuple[str, WeightFormat], dict[str, Tensor]] = {}
         sites: dict[tuple[str, WeightFormat], SiteArray] = {}
         down: set[tuple[str, WeightFormat]] = set()
+        together: set[tuple[str, WeightFormat]] = set()
         for name, (module, weights) in self._weights(layer).items():
             array, _ = self.statistics.layout.locate(Site(module, "input"))
             key = array.key, self.quantizers.weights[module]
@@ -110,9 +111,11 @@ class SolverPass:
             sites[key] = array
             if any(module == f"{experts.hub}.0.{experts.down}" for experts in self.skeleton.experts):
                 down.add(key)
+            if module in self.quantizers.together:
+                together.add(key)
         return {
             f"{key[0]}.{key[1].name}": Group(
-                stacked, self._site(sites[key], layer, moments), key[1], key not in down
+                stacked, self._site(sites[key], layer, moments), key[1], key not in down, key in together
             )
             for key, stacked in members.items()
         }

@@ -120,10 +120,23 @@ def test_experts_that_the_hub_stores_fused_are_named_one_by_one(tmp_path: Path) 
     assert (up.first, up.stride, up.count) == (experts.intermediate, 1, experts.intermediate)
 
 
-def test_fused_experts_with_biases_are_refused(tmp_path: Path) -> None:
+def test_experts_that_modelopt_keeps_in_one_tensor(tmp_path: Path) -> None:
     folder = families.save_tiny("gpt_oss", tmp_path / "model")
     skeleton = Skeleton(load_config(folder), Source.open(folder).tensors)
-    with pytest.raises(
-        InputError, match=r"model\.layers\.0\..*experts, whose experts have biases and are stored fused"
-    ):
-        plan_quantizers(skeleton, resolve("fp8"))
+    plan = plan_quantizers(skeleton, resolve("fp8"))
+    experts = "model.layers.0.mlp.experts"
+    assert plan.together[f"{experts}.5.up_proj"] == f"{experts}.gate_up_proj"
+    assert plan.inputs[f"{experts}.5.down_proj"] == f"{experts}.down_proj_input_quantizer"
+    assert plan.together.keys() == plan.fused_experts and len(plan.together) == 4 * 6 * 3
+    assert plan.output(f"{experts}.5.up_proj", "weight") == f"{experts}.gate_up_proj"
+    assert plan.output(f"{experts}.5.up_proj", "input_scale") == f"{experts}.gate_up_proj_input_scale"
+    assert (
+        plan.output("model.layers.0.self_attn.q_proj", "weight") == "model.layers.0.self_attn.q_proj.weight"
+    )
+
+
+def test_formats_without_a_layout_for_such_experts_are_refused(tmp_path: Path) -> None:
+    folder = families.save_tiny("gpt_oss", tmp_path / "model")
+    skeleton = Skeleton(load_config(folder), Source.open(folder).tensors)
+    with pytest.raises(InputError, match=r"experts to int8_sq, and modelopt keeps .* in nvfp4, fp8 alone"):
+        plan_quantizers(skeleton, resolve("int8_smoothquant"))
