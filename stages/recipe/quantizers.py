@@ -115,12 +115,17 @@ class _PlanReader:
             hubs = [f"{experts.hub}.{number}.{leaf}" for number in range(experts.count) for leaf in leaves]
             name = f"{parameter}_weight_quantizer"
             together = hasattr(module, name)  # modelopt's word for: one tensor, one scale
+            if not together and not hasattr(module, f"{name}s"):
+                raise InputError(
+                    f"modelopt knows no quantizers for {experts.memory} ({type(module).__name__}), which "
+                    "keeps its experts in one tensor; such models are not supported yet"
+                )
             quantizer = getattr(module, name) if together else getattr(module, f"{name}s")[0]
             if not quantizer.is_enabled:
                 continue
             if together:
                 self.together.update((hub, self.skeleton.matrix(hub).tensor) for hub in hubs)
-            elif experts.fused_on_hub and experts.biased:
+            elif experts.fused_on_hub and experts.arranged.biased:
                 self._refuse_biased(experts)
             else:
                 name += "s.0"

@@ -42,7 +42,7 @@ class CopiedLayer:
             held = self._get(experts.memory)
             for leaf, weights in split_projections(experts, held).items():
                 for number, weight in enumerate(weights):
-                    matrix = weight.mT if held.is_transposed else weight
+                    matrix = weight.mT if experts.arranged.transposed else weight
                     self._projections[f"{experts.hub}.{number}.{leaf}"] = matrix
         self._experts = {experts.count for experts in own}
 

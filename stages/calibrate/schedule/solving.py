@@ -134,7 +134,7 @@ class SolverPass:
             for leaf, weights in split_projections(experts, module).items():
                 hub = f"{experts.hub}.0.{leaf}"
                 if hub in quantized:
-                    found[stacked_name(hub)] = hub, weights.mT if module.is_transposed else weights
+                    found[stacked_name(hub)] = hub, weights.mT if experts.arranged.transposed else weights
         return found | self._linear_experts(layer)
 
     def _linear_experts(self, layer: int) -> dict[str, tuple[str, Tensor]]:

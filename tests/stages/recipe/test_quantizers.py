@@ -135,6 +135,16 @@ def test_experts_that_modelopt_keeps_in_one_tensor(tmp_path: Path) -> None:
     )
 
 
+def test_llama_4_is_served_outside_the_registry(tmp_path: Path) -> None:
+    folder = families.save_tiny("llama4", tmp_path / "model")
+    skeleton = Skeleton(load_config(folder), Source.open(folder).tensors)
+    plan = plan_quantizers(skeleton, resolve("nvfp4"))
+    (experts, *_) = skeleton.experts
+    assert plan.together[f"{experts.hub}.2.gate_proj"] == f"{experts.hub}.gate_up_proj"
+    up = skeleton.matrix(f"{experts.hub}.1.up_proj")
+    assert (up.expert, up.transposed, up.first, up.stride) == (1, True, experts.intermediate, 1)
+
+
 def test_formats_without_a_layout_for_such_experts_are_refused(tmp_path: Path) -> None:
     folder = families.save_tiny("gpt_oss", tmp_path / "model")
     skeleton = Skeleton(load_config(folder), Source.open(folder).tensors)
