@@ -47,7 +47,7 @@ def decide(
         engine_fused,
         quantizers.fused_experts,
         policies.dead,
-        quantizers.together,
+        quantizers.together | quantizers.merged,
     )
     inputs = unify(
         found.inputs,

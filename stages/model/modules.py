@@ -2,19 +2,27 @@
 
 from dataclasses import dataclass
 
-from torch import nn
+from torch import Tensor, nn
 
 
 @dataclass(frozen=True)
 class LinearModule:
     """An `nn.Linear`, or a router with a weight of its own: y = x Wᵀ with W of shape [out_features,
-    in_features].
+    in_features]. Where the class merges several of the hub's into one, each is a range of its rows.
+
+    first: the row of the class's weight at which this begins. merged: there are others beside it.
     """
 
     hub: str
     memory: str
     in_features: int
     out_features: int
+    first: int = 0
+    merged: bool = False
+
+    def rows_of(self, weight: Tensor) -> Tensor:
+        """The view `[out_features, in_features]` of the class's weight."""
+        return weight[self.first : self.first + self.out_features]
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,7 @@ from stages.model.cast_source import set_dtype
 from stages.model.dequantize.stated import without_quantization
 from stages.model.fused_experts import expert_matrices, fused_hub_name
 from stages.model.matrices import StoredMatrix
+from stages.model.merged_linears import linears_of
 from stages.model.modules import Arrangement, ExpertsModule, LinearModule, arrangement
 from stages.model.own_code import refuse_own_code
 from stages.model.plausible import read_config
@@ -108,14 +109,26 @@ class Skeleton:
                 return hub.removesuffix(tail)
         return memory
 
+    def hub_names(self, memory: str) -> list[str]:
+        """`hub_name`, or those of all linears that are merged in a linear of the class."""
+        merged = [linear.hub for linear in self.linears if linear.merged and linear.memory == memory]
+        return merged or [self.hub_name(memory)]
+
     @cached_property
     def linears(self) -> list[LinearModule]:
-        """Every linear and router, in the model's own order."""
+        """Every linear and router, in the model's own order.
+
+        Raises InputError for one that several hub tensors feed otherwise than one below the other.
+        """
         found = []
         for name, module in self.model.named_modules():
             if isinstance(module, nn.Linear) or is_router(module):
-                rows, columns = module.weight.shape
-                found.append(LinearModule(self.hub_name(name), name, columns, rows))
+                sources = self._sources(f"{name}.weight")
+                found += linears_of(
+                    LinearModule(self.hub_name(name), name, module.weight.shape[1], module.weight.shape[0]),
+                    [self._tensors[tensor] for tensor in sources],
+                    operations(self.model, sources) if len(sources) > 1 else (),
+                )
         return found
 
     @cached_property
@@ -212,8 +225,15 @@ class Skeleton:
 
     def _sources(self, parameter: str) -> list[str]:
         """The hub tensors that feed a parameter, in order."""
-        found = [(order, name) for name, (fed, order) in self.parameter_of.items() if fed == parameter]
-        return [name for _, name in sorted(found)]
+        return self._feeding.get(parameter, [])
+
+    @cached_property
+    def _feeding(self) -> dict[str, list[str]]:
+        """Parameter → the hub tensors that feed it, in order."""
+        found: dict[str, list[str]] = {}
+        for name, (fed, _) in sorted(self.parameter_of.items(), key=lambda item: (item[1][1], item[0])):
+            found.setdefault(fed, []).append(name)
+        return found
 
     def projections(self) -> list[str]:
         """Hub names of all that has a weight: linears, routers and each expert's projections."""

@@ -13,17 +13,19 @@ def in_hub_names(config: dict[str, Any], skeleton: Skeleton) -> dict[str, Any]:
     quantization = config["quantization"]
     if "exclude_modules" in quantization:
         quantization["exclude_modules"] = [
-            _hub_pattern(entry, skeleton) for entry in quantization["exclude_modules"]
+            pattern for entry in quantization["exclude_modules"] for pattern in _hub_patterns(entry, skeleton)
         ]
     if "quantized_layers" in quantization:
         quantization["quantized_layers"] = {
-            skeleton.hub_name(name): entry for name, entry in quantization["quantized_layers"].items()
+            hub: entry
+            for name, entry in quantization["quantized_layers"].items()
+            for hub in skeleton.hub_names(name)
         }
     return config
 
 
-def _hub_pattern(entry: str, skeleton: Skeleton) -> str:
+def _hub_patterns(entry: str, skeleton: Skeleton) -> list[str]:
     for wildcard in (".*", "*"):
         if entry.endswith(wildcard):
-            return skeleton.hub_name(entry.removesuffix(wildcard)) + wildcard
-    return skeleton.hub_name(entry)
+            return [skeleton.hub_name(entry.removesuffix(wildcard)) + wildcard]
+    return skeleton.hub_names(entry)

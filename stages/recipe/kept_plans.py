@@ -60,6 +60,7 @@ class _Kept(BaseModel):
     kv: dict[str, KvFormat]
     fused_experts: list[str]
     together: dict[str, str]
+    merged: dict[str, str]
     hf_quant_config: dict[str, Any]
     left_out: dict[str, str]
     dtype: str
@@ -121,6 +122,7 @@ def _to_kept(plan: ModelPlan) -> _Kept:
         kv=quantizers.kv,
         fused_experts=sorted(quantizers.fused_experts),
         together=quantizers.together,
+        merged=quantizers.merged,
         hf_quant_config=quantizers.hf_quant_config,
         left_out=quantizers.left_out,
         dtype=plan.dtype,
@@ -139,6 +141,7 @@ def _from_kept(kept: _Kept) -> ModelPlan:
         kv=kept.kv,
         fused_experts=frozenset(kept.fused_experts),
         together=kept.together,
+        merged=kept.merged,
         hf_quant_config=kept.hf_quant_config,
         left_out=kept.left_out,
     )

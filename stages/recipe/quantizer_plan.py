@@ -34,8 +34,9 @@ class QuantizerPlan:
     too → the name of modelopt's quantizer. constant_inputs: those whose amax the recipe fixes. kv: attention
     module → KV cache format (`fp8_cast`: the recipe fixes the scale at one). fused_experts: expert
     projections that share one quantizer per layer. together: those that the checkpoint goes on holding in one
-    tensor → its name. hf_quant_config: what modelopt writes to `hf_quant_config.json`, names mapped to the
-    hub's. left_out: module or quantizer that the recipe names and that stays as it is → the reason.
+    tensor → its name. merged: linears that are one in the model class, with one quantizer → its name there.
+    hf_quant_config: what modelopt writes to `hf_quant_config.json`, names mapped to the hub's. left_out:
+    module or quantizer that the recipe names and that stays as it is → the reason.
     """
 
     recipe: Recipe
@@ -45,6 +46,7 @@ class QuantizerPlan:
     kv: dict[str, KvFormat] = field(default_factory=dict)
     fused_experts: frozenset[str] = frozenset()
     together: dict[str, str] = field(default_factory=dict)
+    merged: dict[str, str] = field(default_factory=dict)
     hf_quant_config: dict[str, Any] = field(default_factory=dict)
     left_out: dict[str, str] = field(default_factory=dict)
 

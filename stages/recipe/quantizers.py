@@ -16,6 +16,7 @@ from stages.formats import TABLE, WeightFormat
 from stages.model.engine_fused import fused_with
 from stages.model.modules import ExpertsModule
 from stages.model.skeleton import Skeleton
+from stages.recipe.fused_refused import with_biases_apart, without_layout, without_quantizers
 from stages.recipe.hub_config import in_hub_names
 from stages.recipe.quantizer_plan import KvFormat, QuantizerPlan
 from stages.recipe.recipes import ALGORITHMS, Recipe
@@ -54,6 +55,7 @@ def plan_quantizers(skeleton: Skeleton, recipe: Recipe) -> QuantizerPlan:
         kv=reader.kv,
         fused_experts=frozenset(reader.fused),
         together=reader.together,
+        merged=reader.merged,
         hf_quant_config=in_hub_names(get_quant_config(model), skeleton),
         left_out=reader.left_out,
     )
@@ -78,7 +80,9 @@ class _PlanReader:
 
     def __init__(self, skeleton: Skeleton, recipe: Recipe) -> None:
         self.skeleton, self.recipe = skeleton, recipe
-        self.linear_names = {linear.memory: linear.hub for linear in skeleton.linears}
+        self.linear_names: dict[str, list[str]] = {}
+        for linear in skeleton.linears:
+            self.linear_names.setdefault(linear.memory, []).append(linear.hub)
         self.expert_modules = {experts.memory: experts for experts in skeleton.experts}
         self.weights: dict[str, WeightFormat] = {}
         self.inputs: dict[str, str] = {}
@@ -86,6 +90,7 @@ class _PlanReader:
         self.kv: dict[str, KvFormat] = {}
         self.fused: set[str] = set()
         self.together: dict[str, str] = {}
+        self.merged: dict[str, str] = {}
         self.served: set[str] = set()
         self.enabled: dict[str, Any] = {}
         self.left_out: dict[str, str] = {}
@@ -103,12 +108,14 @@ class _PlanReader:
         elif hasattr(module, "k_bmm_quantizer"):
             self._read_attention(name, module)
 
-    def _read_linear(self, memory: str, hub: str, module: nn.Module) -> None:
+    def _read_linear(self, memory: str, hubs: list[str], module: nn.Module) -> None:
         weight_quantizer = getattr(module, "weight_quantizer", None)
         if weight_quantizer is None or not weight_quantizer.is_enabled:
             return
-        self._weight([hub], f"{memory}.weight_quantizer", module, weight_quantizer)
-        self._input([hub], f"{memory}.input_quantizer", module.input_quantizer)
+        self._weight(hubs, f"{memory}.weight_quantizer", module, weight_quantizer)
+        self._input(hubs, f"{memory}.input_quantizer", module.input_quantizer)
+        if len(hubs) > 1:
+            self.merged.update(dict.fromkeys(hubs, memory))
 
     def _read_experts(self, experts: ExpertsModule, module: nn.Module) -> None:
         for parameter, leaves in ((experts.up_parameter, experts.up), ("down_proj", (experts.down,))):
@@ -116,17 +123,14 @@ class _PlanReader:
             name = f"{parameter}_weight_quantizer"
             together = hasattr(module, name)  # modelopt's word for: one tensor, one scale
             if not together and not hasattr(module, f"{name}s"):
-                raise InputError(
-                    f"modelopt knows no quantizers for {experts.memory} ({type(module).__name__}), which "
-                    "keeps its experts in one tensor; such models are not supported yet"
-                )
+                raise without_quantizers(experts, type(module).__name__)
             quantizer = getattr(module, name) if together else getattr(module, f"{name}s")[0]
             if not quantizer.is_enabled:
                 continue
             if together:
                 self.together.update((hub, self.skeleton.matrix(hub).tensor) for hub in hubs)
             elif experts.fused_on_hub and experts.arranged.biased:
-                self._refuse_biased(experts)
+                raise with_biases_apart(experts, self.recipe.name)
             else:
                 name += "s.0"
                 prefix = f"{experts.memory}.{parameter}_weight_quantizers"
@@ -134,29 +138,11 @@ class _PlanReader:
                     self.served.add(f"{prefix}.{number}")
                     self.served.update(f"{prefix}.{number}.{step}" for step in range(2))
             self._weight(hubs, f"{experts.memory}.{name}", module, quantizer)
-            if together:
-                self._refuse_apart(experts, self.weights[hubs[0]])
+            if together and not self.weights[hubs[0]].holds_together:
+                raise without_layout(experts, self.recipe.name, self.weights[hubs[0]].name)
             name = f"{parameter}_input_quantizer"
             self._input(hubs, f"{experts.memory}.{name}", getattr(module, name))
             self.fused.update(hubs)
-
-    def _refuse_biased(self, experts: ExpertsModule) -> None:
-        """Raise InputError: no engine is known to read experts one by one whose biases are in one tensor."""
-        raise InputError(
-            f"recipe {self.recipe.name!r} quantizes {experts.hub}, whose experts have biases and are "
-            "stored fused in one tensor, and modelopt would write them one by one; that is not supported: "
-            "choose a recipe that leaves them alone, such as general/ptq/nvfp4_omlp_only-kv_fp8"
-        )
-
-    def _refuse_apart(self, experts: ExpertsModule, weight: WeightFormat) -> None:
-        """Raise InputError where modelopt has no layout for experts of this format in one tensor."""
-        if not weight.holds_together:
-            held = ", ".join(name for name, other in TABLE.items() if other.holds_together)
-            raise InputError(
-                f"recipe {self.recipe.name!r} quantizes {experts.hub} to {weight.name}, and modelopt keeps "
-                f"these experts in one tensor, which it can write in {held} alone; choose a recipe of these, "
-                "or one that leaves the experts alone, such as general/ptq/nvfp4_omlp_only-kv_fp8"
-            )
 
     def _read_attention(self, memory: str, module: nn.Module) -> None:
         quantizers = {part: getattr(module, f"{part}_bmm_quantizer") for part in ("k", "v")}
@@ -218,15 +204,16 @@ class _PlanReader:
 
     def leave_out_towers(self) -> None:
         """Leave linears unquantized that text never reaches: towers for images and sound, and projectors."""
-        for memory, hub in self.linear_names.items():
-            if hub in self.weights and not self.skeleton.is_of_text(memory):
-                self._leave_out(hub, "text does not reach it, so nothing is known of its inputs")
+        for memory, hubs in self.linear_names.items():
+            for hub in hubs:
+                if hub in self.weights and not self.skeleton.is_of_text(memory):
+                    self._leave_out(hub, "text does not reach it, so nothing is known of its inputs")
 
     def leave_out_half_groups(self) -> None:
         """Leave linears unquantized that engines load as one matrix with others which the checkpoint holds
         and the model class never builds, so that nothing is known of their inputs.
         """
-        built = set(self.linear_names.values())
+        built = {hub for hubs in self.linear_names.values() for hub in hubs}
         for module in list(self.weights):
             unbuilt = [
                 other
@@ -243,6 +230,7 @@ class _PlanReader:
     def _leave_out(self, module: str, why: str) -> None:
         del self.weights[module]
         self.inputs.pop(module, None)
+        self.merged.pop(module, None)
         self.constants.pop(module, None)
         self.left_out[module] = why
 

@@ -108,7 +108,7 @@ def record_weights(
     for linear in skeleton.linears:
         if not chosen(linear.memory):
             continue
-        weight = model.get_submodule(linear.memory).weight
+        weight = linear.rows_of(model.get_submodule(linear.memory).weight)
         statistics.add_weights(*layout.locate(Site(linear.hub, "weight")), weight.flatten())
     for experts in skeleton.experts:
         if not chosen(experts.memory):

@@ -126,7 +126,8 @@ class SolverPass:
         found: dict[str, tuple[str, Tensor]] = {}
         for linear in self.skeleton.linears:
             if split_name(linear.hub)[1:] == (layer, None) and linear.hub in quantized:
-                found[linear.hub] = linear.hub, model.get_submodule(linear.memory).weight[None]
+                weight = linear.rows_of(model.get_submodule(linear.memory).weight)
+                found[linear.hub] = linear.hub, weight[None]
         for experts in self.skeleton.experts:
             if split_name(experts.hub)[1] != layer:
                 continue
@@ -143,7 +144,7 @@ class SolverPass:
         for linear in self.skeleton.linears:
             _, own_layer, expert = split_name(linear.hub)
             if own_layer == layer and expert is not None and linear.hub in self.quantizers.weights:
-                weight = self.skeleton.model.get_submodule(linear.memory).weight
+                weight = linear.rows_of(self.skeleton.model.get_submodule(linear.memory).weight)
                 parts.setdefault(stacked_name(linear.hub), []).append((expert, linear.hub, weight))
         stacked = {}
         for name, found in parts.items():

@@ -53,7 +53,7 @@ def share(formats: dict[str, WeightFormat], amax: dict[str, float], **groups: li
         "engine_fused": [],
         "fused_experts": frozenset(),
         "dead": "floor",
-        "together": {},
+        "one_scale": {},
     }
     found = scales.share_weight_amax(
         {name: scalar(value) for name, value in amax.items()}, formats, **(arguments | groups)
@@ -130,6 +130,6 @@ def test_unusable_vectors_are_never_stored(bad: float) -> None:
 def test_experts_in_one_tensor_share_in_every_format(weight_format: WeightFormat) -> None:
     modules = [f"experts.{expert}.{leaf}" for expert in range(2) for leaf in ("gate", "up", "down")]
     amax = dict(zip(modules, (1.0, 2.0, 3.0, 4.0, 5.0, 6.0), strict=True))
-    together = {name: "down" if name.endswith("down") else "both" for name in modules}
-    shared = share(dict.fromkeys(modules, weight_format), amax, together=together)
+    one_scale = {name: "down" if name.endswith("down") else "both" for name in modules}
+    shared = share(dict.fromkeys(modules, weight_format), amax, one_scale=one_scale)
     assert list(shared.values()) == [5.0, 5.0, 6.0, 5.0, 5.0, 6.0]

@@ -6,10 +6,13 @@ import pytest
 
 from stages.formats import INT4_AWQ, INT8_SQ, NVFP4, W4A8_AWQ, WeightFormat
 from stages.model.skeleton import Skeleton, load_config
+from stages.recipe.hub_config import in_hub_names
 from stages.recipe.quantizers import plan_quantizers
 from stages.recipe.recipes import resolve
 from state.errors import InputError
 from state.source import Source
+from tests.families.newest import minimax_m3
+from tests.families.write import write_family
 from tests.stages.calibrate import families
 from tests.stages.export import support
 
@@ -150,3 +153,34 @@ def test_formats_without_a_layout_for_such_experts_are_refused(tmp_path: Path) -
     skeleton = Skeleton(load_config(folder), Source.open(folder).tensors)
     with pytest.raises(InputError, match=r"experts to int8_sq, and modelopt keeps .* in nvfp4, fp8 alone"):
         plan_quantizers(skeleton, resolve("int8_smoothquant"))
+
+
+def test_linears_that_the_class_merges_are_named_as_on_the_hub(tmp_path: Path) -> None:
+    write_family(minimax_m3(), tmp_path)
+    skeleton = Skeleton(load_config(tmp_path), Source.open(tmp_path).tensors)
+    gate, up = (f"language_model.model.layers.0.mlp.{leaf}_proj" for leaf in ("gate", "up"))
+    memory = "model.language_model.layers.0.mlp.gate_up_proj"
+    plan = plan_quantizers(skeleton, resolve("fp8"))
+    assert plan.merged[gate] == plan.merged[up] == memory
+    assert plan.inputs[gate] == plan.inputs[up] == f"{memory}.input_quantizer"
+    # Layer 0, and the shared experts of layer 1.
+    assert len(plan.merged) == 4 and not plan.merged.keys() & plan.left_out.keys()
+    attention = plan_quantizers(skeleton, resolve("general/ptq/nvfp4_omlp_only-kv_fp8"))
+    assert attention.merged.keys() == plan.merged.keys()
+
+
+def test_an_excluded_linear_of_the_class_stands_for_those_of_the_hub(tmp_path: Path) -> None:
+    write_family(minimax_m3(), tmp_path)
+    skeleton = Skeleton(load_config(tmp_path), Source.open(tmp_path).tensors)
+    mlp = "model.language_model.layers.0.mlp"
+    config = {
+        "quantization": {
+            "exclude_modules": [f"{mlp}.gate_up_proj"],
+            "quantized_layers": {f"{mlp}.gate_up_proj": 1},
+        }
+    }
+    hubs = [f"language_model.model.layers.0.mlp.{leaf}_proj" for leaf in ("gate", "up")]
+    assert in_hub_names(config, skeleton)["quantization"] == {
+        "exclude_modules": hubs,
+        "quantized_layers": dict.fromkeys(hubs, 1),
+    }
