@@ -47,20 +47,25 @@ class ExpertRows:
         self.module, self.grouped, self.single = module, grouped, single
         self.seen: set[str] = set()
         self._reached: torch.Tensor | None = None
-        self._replaced: list[tuple[Any, str, Matmul]] = []
+        self._replaced: list[tuple[Any, str, Matmul | None]] = []
         self._multiplying = False
 
     def __enter__(self) -> "ExpertRows":
         for holder, name in MATMULS:
             if hasattr(holder, name):
                 original = getattr(holder, name)
-                self._replaced.append((holder, name, original))
+                inherited = name not in vars(holder)
+                self._replaced.append((holder, name, None if inherited else original))
                 setattr(holder, name, self._watched(original, name))
         return self
 
     def __exit__(self, *_exception: object) -> None:
         while self._replaced:
-            setattr(*self._replaced.pop())
+            holder, name, original = self._replaced.pop()
+            if original is None:
+                delattr(holder, name)
+            else:
+                setattr(holder, name, original)
 
     def _watched(self, matmul: Matmul, name: str) -> Matmul:
         def watched(*args: Any, **kwargs: Any) -> torch.Tensor:

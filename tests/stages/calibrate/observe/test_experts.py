@@ -7,7 +7,7 @@ from transformers import GptOssConfig, Llama4TextConfig
 from transformers.models.gpt_oss.modeling_gpt_oss import GptOssExperts
 from transformers.models.llama4.modeling_llama4 import Llama4TextExperts
 
-from stages.calibrate.observe.experts import watch_experts
+from stages.calibrate.observe.experts import MATMULS, watch_experts
 
 SIZES = {"hidden_size": 2, "intermediate_size": 2, "num_local_experts": 3}
 
@@ -69,3 +69,10 @@ def test_the_loop_over_experts_of_gpt_oss(projection: str) -> None:
         assert (seen["up", 2], seen["up", 0]) == ([[1.0, 2.0]], [[3.0, 4.0]])
     else:
         torch.testing.assert_close(torch.tensor(seen["down", 0]), torch.full((1, 2), 7.0), rtol=1e-4, atol=0)
+
+
+def test_everything_is_put_back() -> None:
+    holders = [(holder, name) for holder, name in MATMULS if hasattr(holder, name)]
+    before = [(getattr(holder, name), name in vars(holder)) for holder, name in holders]
+    test_llama_4_counts_what_was_routed()
+    assert [(getattr(holder, name), name in vars(holder)) for holder, name in holders] == before
