@@ -36,9 +36,10 @@ def calibrate(settings: CalibrateSettings, progress: Progress) -> Summary:
     Raises InputError, IdentityMismatch, DamagedStore or RunBusy (see state.errors) with nothing lost, and
     Stopped when a signal asked for it and the progress is committed.
     """
-    with stop_on_signal() as stop, _limited(stop, settings):
+    with stop_on_signal() as stop:
         try:
-            return _calibrate(settings, progress, stop)
+            with _limited(stop, settings):
+                return _calibrate(settings, progress, stop)
         except Interrupted:
             where = "what was committed before is untouched" if published(settings.run, Disk()) else NOTHING
             raise Stopped(stop_message(stop, settings, where)) from None

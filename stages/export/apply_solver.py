@@ -124,6 +124,11 @@ def _solution(solved: Solved, subject: Subject, fold: Fold) -> Rescaling:
             f"recipe {quantizers.recipe.name!r} can't be exported with --fold none: {solved.solver.method} "
             "solved the weights as they are when folded; export with --fold auto"
         )
+    if quantizers.together:
+        raise InputError(
+            f"--fold none stores a pre_quant_scale for each module, and {next(iter(quantizers.together))} is "
+            "one of several in one tensor; export with --fold auto"
+        )
     columns = {module: subject.matrix_shape(module)[1] for module in quantizers.weights}
     return kept_apart(subject.dtype, folds, scales, norms, columns, quantizers.fused_experts)
 

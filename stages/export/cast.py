@@ -33,9 +33,7 @@ class Cast:
     amax: Mapping[str, Tensor] = field(default_factory=dict)
     groups: Mapping[str, Tensor] = field(default_factory=dict)
 
-    def uses(
-        self, formats: Mapping[str, WeightFormat], scales: Mapping[str, Tensor]
-    ) -> tuple[PolicyUse, ...]:
+    def uses(self, quantizers: QuantizerPlan, scales: Mapping[str, Tensor]) -> tuple[PolicyUse, ...]:
         """The policy as it acted, with the groups that do not fit counted. scales: output tensor → float32
         `[]`.
         """
@@ -43,8 +41,10 @@ class Cast:
             return ()
         lost, total = 0, 0
         for module, groups in self.groups.items():
-            tensor_scale = scales[f"{module}.{formats[module].tensor_leaf}"]
-            fits = formats[module].holds_powers(_powers(), tensor_scale)
+            weight = quantizers.weights[module]
+            assert weight.tensor_leaf is not None
+            tensor_scale = scales[quantizers.output(module, weight.tensor_leaf)]
+            fits = weight.holds_powers(_powers(), tensor_scale)
             fits[0] = True  # an exponent of 0 marks groups of zeros
             lost += int(groups[~fits].sum())
             total += int(groups.sum())

@@ -41,7 +41,13 @@ def decide(
     Raises InputError as `unify` and `share_weight_amax` do.
     """
     weights = scales.share_weight_amax(
-        found.weights, quantizers.weights, same_input, engine_fused, quantizers.fused_experts, policies.dead
+        found.weights,
+        quantizers.weights,
+        same_input,
+        engine_fused,
+        quantizers.fused_experts,
+        policies.dead,
+        quantizers.together | quantizers.merged,
     )
     inputs = unify(
         found.inputs,
@@ -60,12 +66,13 @@ def decide(
         if amax is None:
             weights_only.add(module)
         else:
-            result[f"{module}.input_scale"] = quantizers.weights[module].input_scale(amax)
+            result[quantizers.output(module, "input_scale")] = quantizers.weights[module].input_scale(amax)
     for quantizer, amax in weights.amax.items():
         assert amax is not None, quantizer
         module = quantizer.removesuffix(".weight_quantizer")
         weight_format = quantizers.weights[module]
-        result[f"{module}.{weight_format.tensor_leaf}"] = weight_format.tensor_scale(amax)
+        assert weight_format.tensor_leaf is not None
+        result[quantizers.output(module, weight_format.tensor_leaf)] = weight_format.tensor_scale(amax)
     for attention in quantizers.kv:
         for name, quantizer in zip(kv_scale_names(attention), kv_quantizers(attention), strict=True):
             amax = kv.amax.get(quantizer)
@@ -76,7 +83,10 @@ def decide(
 def _families(quantizers: QuantizerPlan) -> list[ExpertFamily]:
     return [
         ExpertFamily(
-            name, tuple(input_quantizer(module) for module in members), members[0] in quantizers.fused_experts
+            name,
+            tuple(input_quantizer(module) for module in members),
+            members[0] in quantizers.fused_experts,
+            members[0] in quantizers.together,
         )
         for name, members in expert_families(quantizers.inputs).items()
     ]

@@ -100,7 +100,7 @@ def plan_export(settings: ExportSettings, progress: Progress) -> ExportPlan:
         shards,
         len(quantizers.kv),
         source_bytes,
-        (*decisions.uses, *applied.policies, *cast.uses(quantizers.weights, decisions.scales)),
+        (*decisions.uses, *applied.policies, *cast.uses(quantizers, decisions.scales)),
         not run.head.finished,
         None if solver is None else solver.id,
         applied.kept_at_one,

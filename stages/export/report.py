@@ -88,7 +88,7 @@ def describe(
 ) -> ExportReport:
     """The report of a plan, before anything is written. quantized: the source's weight → its scheme."""
     units = [unit for shard in shards for unit in shard.units]
-    formats = Counter(unit.format.name for unit in units if unit.format)
+    formats = Counter(unit.format.name for unit in units if unit.format for _ in unit.matrices)
     if kv_caches:
         formats["fp8 kv cache"] = kv_caches
     dtypes = Counter(spec.dtype for unit in units for spec in unit.outputs)

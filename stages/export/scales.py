@@ -29,12 +29,14 @@ def share_weight_amax(
     engine_fused: Sequence[Sequence[str]],
     fused_experts: frozenset[str],
     dead: DeadPolicy,
+    one_scale: Mapping[str, str],
 ) -> Unified:
     """The weight amax of each module whose format has a scale for the whole tensor; names are hub modules.
 
     Block formats share one over every same-input or engine-fused group, since engines that fuse a group don't
     re-express block scales. FP8 shares one only where the model class stores an expert's projections as one
-    parameter, as modelopt does.
+    parameter, as modelopt does. one_scale: modules that share one in any format → what they have in common:
+    a tensor of experts, a linear of the class.
 
     Raises InputError naming the module for a weight amax that is NaN or infinite.
     """
@@ -56,6 +58,10 @@ def share_weight_amax(
         ]
         for group in engine_fused
     ]
+    sharing: dict[str, list[str]] = {}
+    for name, common in one_scale.items():
+        sharing.setdefault(common, []).append(name)
+    groups += sharing.values()
     scaled = [name for name in formats if formats[name].tensor_leaf is not None]
     group_of = connected(scaled, groups)
     shared: dict[str, Tensor | None] = {

@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from stages.export.cast import kept_block_amax
@@ -11,8 +12,7 @@ from stages.export.rescale import Rescaling
 from stages.export.scales import stored, stored_vector
 from stages.export.shards import Bytes, TensorSpec
 from stages.export.solved import Solved
-from stages.export.units import Shard
-from stages.formats import WeightFormat
+from stages.export.units import Shard, Unit
 from stages.model.matrices import StoredMatrix
 from stages.model.raw import raw_bytes
 from stages.model.weights import largest_magnitude, read_tensor
@@ -59,12 +59,12 @@ class TensorMaker:
             return stored(given.scales[spec.name])
         if unit.source is not None:
             return self._unquantized(unit.source)
-        assert unit.matrix is not None and unit.format is not None  # KV scales are among the scales
-        module, _, leaf = spec.name.rpartition(".")
+        leaf = unit.leaves[spec.name]  # KV scales are among the scales
         if leaf == "pre_quant_scale":
+            (module,) = unit.matrices
             return stored_vector(given.rescaling.pre_quant_scale(module))
         if spec.name not in self.pending:
-            self.pending = self._quantized(unit.matrix, unit.format, module, leaf)
+            self.pending = self._quantized(unit, leaf)
         return raw_bytes(self.pending.pop(spec.name))
 
     def _unquantized(self, name: str) -> Bytes:
@@ -76,36 +76,58 @@ class TensorMaker:
         self.checked.require_same(source.made_from(name))
         return data
 
-    def _quantized(
-        self, matrix: StoredMatrix, weight_format: WeightFormat, module: str, leaf: str
-    ) -> dict[str, Tensor]:
-        """The weight or the block scales of a module; the scales beside the weight where they come after it
-        in a shard, in which wide dtypes come first.
+    def _quantized(self, unit: Unit, leaf: str) -> dict[str, Tensor]:
+        """The weight or the block scales of a unit, by output; the scales beside the weight where they come
+        after it in a shard, in which wide dtypes come first.
         """
-        solved = self.ingredients.solved
-        rounded = solved.rounded(module, leaf) if solved is not None else None
-        if rounded is not None:
-            made_from = self.ingredients.source.made_from(matrix.tensor)
-            self.checked.require_same(made_from, matrix.expert)
-            return {f"{module}.{leaf}": rounded}
-        weight = self._weight(module, matrix)
-        block_amax = solved.block_amax(module) if solved is not None else None
-        if module in self.ingredients.cast:
-            block_amax = kept_block_amax(self.ingredients.source, matrix, weight_format)
-        tensor_scale = self.ingredients.scales.get(f"{module}.{weight_format.tensor_leaf}")
-        scale = weight_format.block_scale(weight, tensor_scale, block_amax)
-        made = {} if scale is None else {f"{module}.weight_scale": scale}
-        if leaf == "weight":
-            packed = weight_format.pack(weight, tensor_scale, scale)
-            later = scale is not None and scale.element_size() == packed.element_size()
-            made = {f"{module}.weight": packed} | (made if later else {})
+        names = {which: name for name, which in unit.leaves.items()}
+        if len(unit.matrices) == 1:
+            (module,) = unit.matrices
+            return {names[which]: values for which, values in self._packed(unit, module, leaf).items()}
+        shapes = {spec.name: spec.shape for spec in unit.outputs}
+        made: dict[str, Tensor] = {}
+        tensors = sorted({matrix.tensor for matrix in unit.matrices.values()})
+        made_from = [name for tensor in tensors for name in self.ingredients.source.made_from(tensor)]
+        self.checked.require_same(made_from)
+        for module, matrix in unit.matrices.items():
+            for which, values in self._packed(unit, module, leaf).items():
+                name = names[which]
+                whole = made.setdefault(name, torch.empty(shapes[name], dtype=values.dtype))
+                matrix.place(whole).copy_(values)
+        self.checked.require_same(made_from)
         return made
 
-    def _weight(self, module: str, matrix: StoredMatrix) -> Tensor:
+    def _packed(self, unit: Unit, module: str, leaf: str) -> dict[str, Tensor]:
+        """What a module adds to the outputs of its unit, by leaf."""
+        given, matrix, weight_format = self.ingredients, unit.matrices[module], unit.format
+        assert weight_format is not None
+        rounded = given.solved.rounded(module, leaf) if given.solved is not None else None
+        if rounded is not None:
+            self._require_same(unit, matrix)
+            return {leaf: rounded}
+        weight = self._weight(unit, module)
+        block_amax = given.solved.block_amax(module) if given.solved is not None else None
+        if module in given.cast:
+            block_amax = kept_block_amax(given.source, matrix, weight_format)
+        scaled = (name for name, which in unit.leaves.items() if which == weight_format.tensor_leaf)
+        tensor_scale = given.scales.get(next(scaled, ""))
+        scale = weight_format.block_scale(weight, tensor_scale, block_amax)
+        made = {} if scale is None else {"weight_scale": scale}
+        if leaf == "weight":
+            if len(unit.matrices) > 1:  # as an expert in a tensor of experts
+                blocks = None if scale is None else scale[None]
+                packed = weight_format.pack(weight[None], tensor_scale, blocks)[0]
+            else:
+                packed = weight_format.pack(weight, tensor_scale, scale)
+            later = scale is not None and scale.element_size() == packed.element_size()
+            made = {"weight": packed} | (made if later else {})
+        return made
+
+    def _weight(self, unit: Unit, module: str) -> Tensor:
         """The weight as it is to be packed."""
-        name, given = f"{module}.weight", self.ingredients
+        name, given, matrix = f"{module}.weight", self.ingredients, unit.matrices[module]
         stored_weight = matrix.read(given.source)
-        self.checked.require_same(given.source.made_from(matrix.tensor), matrix.expert)
+        self._require_same(unit, matrix)
         weight = stored_weight.to(given.rescaling.dtype)
         largest = largest_magnitude(weight.reshape(-1))
         recorded = given.weight_amax[module]
@@ -117,3 +139,10 @@ class TensorMaker:
                 "the run was captured from other weights: give those as --model"
             )
         return given.rescaling.to_pack(module, weight)
+
+    def _require_same(self, unit: Unit, matrix: StoredMatrix) -> None:
+        """Compare what a matrix is made from; experts that stay together are compared as a whole, before the
+        first and behind the last.
+        """
+        if len(unit.matrices) == 1:
+            self.checked.require_same(self.ingredients.source.made_from(matrix.tensor), matrix.expert)

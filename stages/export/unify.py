@@ -57,12 +57,13 @@ class ExpertFamily:
     """One projection's quantizers across the experts of one layer.
 
     fused: the model class stores the experts fused, so that modelopt and engine kernels use one input scale
-    for all of them.
+    for all of them. together: the checkpoint does too, and has room for one scale alone.
     """
 
     name: str
     quantizers: tuple[str, ...]
     fused: bool
+    together: bool = False
 
 
 @dataclass(frozen=True)
@@ -213,6 +214,7 @@ def _families(
         members = [name for name in family.quantizers if name in scalars]
         seen = {name: value for name in members if (value := scalars[name]) is not None}
         unseen = tuple(name for name in members if name not in seen)
+        _refuse_own_scales(family, bool(seen and unseen), policies)
         if unseen and policies.unseen == "error":
             raise InputError(
                 f"{_shown(unseen)}: no token of the calibration text reached these experts and --unseen "
@@ -244,6 +246,18 @@ def _families(
     if policies.unseen != "weights-only":
         _refuse_unreached(decided, families)
     return decided, uses
+
+
+def _refuse_own_scales(family: ExpertFamily, some_unseen: bool, policies: Policies) -> None:
+    """Raise InputError where a policy would give experts that stay together different input scales."""
+    option = "--expert-input-scale expert" if policies.expert_input_scale == "expert" else None
+    if some_unseen and policies.unseen == "weights-only":
+        option = "--unseen weights-only"
+    if family.together and option is not None:
+        raise InputError(
+            f"{option} would give the experts of {family.name} input scales that differ, and their tensor "
+            "has room for one; export without it"
+        )
 
 
 def _refuse_unreached(decided: Mapping[str, Tensor | None], families: Sequence[ExpertFamily]) -> None:

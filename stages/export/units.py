@@ -5,11 +5,11 @@ Pure: it sees names, dtypes and shapes, never a value.
 
 import re
 from collections.abc import Container, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 
 from stages.export.shards import TensorSpec
-from stages.formats import WeightFormat
+from stages.formats import StoredTensor, WeightFormat
 from stages.model.matrices import StoredMatrix
 from stages.recipe.exportable import require_exportable
 from stages.recipe.quantizer_plan import QuantizerPlan
@@ -21,15 +21,17 @@ from state.source import TensorEntry
 class Unit:
     """Output tensors that are made together and so share a shard.
 
-    source: the hub tensor that passes through unchanged, None for weights and KV scales. matrix, format: of a
-    weight, what it is made from and what it becomes.
+    source: the hub tensor that passes through unchanged, None for weights and KV scales. matrices, format: of
+    a weight, module → what it is made from, and what it becomes; several modules where experts stay together.
+    leaves: of a weight, output tensor → the leaf that it is (`weight`, `weight_scale`, ...).
     """
 
     name: str
     source: str | None
     outputs: tuple[TensorSpec, ...]
-    matrix: StoredMatrix | None = None
+    matrices: Mapping[str, StoredMatrix] = field(default_factory=dict)
     format: WeightFormat | None = None
+    leaves: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def nbytes(self) -> int:
@@ -80,15 +82,18 @@ def plan_units(
         entry = tensors[name]
         if name not in modules_of:
             units.append(Unit(name, name, (TensorSpec(name, entry.dtype, entry.shape),)))
-        for module in modules_of.get(name, ()):
-            matrix = matrices[module]
-            unit = _quantized_unit(module, matrix, tensors, quantizers.weights[module])
-            extra = []
-            if module in quantizers.inputs and module not in without_input:
-                extra.append(TensorSpec(f"{module}.input_scale", "F32", ()))
+        for members in _members(modules_of.get(name, ()), quantizers):
+            parts = {module: matrices[module] for module in members}
+            module, matrix = members[0], parts[members[0]]
+            found = _stored(quantizers.weights[module], matrix, tensors, module in quantizers.together)
+            if module in quantizers.inputs and not without_input.issuperset(members):
+                found.append(StoredTensor("input_scale", "F32", ()))
             if module in pre_quant_scale:
-                extra.append(TensorSpec(f"{module}.pre_quant_scale", dtype, matrix.shape(tensors)[1:]))
-            units.append(replace(unit, outputs=(*unit.outputs, *extra)))
+                found.append(StoredTensor("pre_quant_scale", dtype, matrix.shape(tensors)[1:]))
+            leaves = {quantizers.output(module, leaf): leaf for leaf, _, _ in found}
+            specs = tuple(TensorSpec(quantizers.output(module, one.leaf), *one[1:]) for one in found)
+            weight = quantizers.output(module, "weight")
+            units.append(Unit(weight, None, specs, parts, quantizers.weights[module], leaves))
     for attention in sorted(quantizers.kv, key=natural):
         specs = tuple(TensorSpec(name, "F32", ()) for name in kv_scale_names(attention))
         units.append(Unit(f"{attention}.kv", None, specs))
@@ -171,14 +176,26 @@ def natural(name: str) -> list[tuple[int, int, str]]:
     return [(1, int(part), "") if part.isdigit() else (0, 0, part) for part in parts]
 
 
-def _quantized_unit(
-    module: str, matrix: StoredMatrix, tensors: Mapping[str, TensorEntry], weight: WeightFormat
-) -> Unit:
-    rows, columns = matrix.shape(tensors)
-    specs = tuple(
-        TensorSpec(f"{module}.{leaf}", dtype, shape) for leaf, dtype, shape in weight.stored(rows, columns)
-    )
-    return Unit(f"{module}.weight", None, specs, matrix, weight)
+def _members(modules: Sequence[str], quantizers: QuantizerPlan) -> list[tuple[str, ...]]:
+    """The modules of one hub tensor by the output that holds them: each its own, or experts together."""
+    found: dict[str, list[str]] = {}
+    for module in modules:
+        found.setdefault(quantizers.output(module, "weight"), []).append(module)
+    return [tuple(members) for members in found.values()]
+
+
+def _stored(
+    weight: WeightFormat, matrix: StoredMatrix, tensors: Mapping[str, TensorEntry], together: bool
+) -> list[StoredTensor]:
+    """What a format stores of a matrix; or of all experts' together, which keep the axes of their tensor."""
+    if not together:
+        return weight.stored(*matrix.shape(tensors))
+    experts = tensors[matrix.tensor].shape[0]
+    rows, columns = StoredMatrix(matrix.tensor, 0, matrix.transposed).shape(tensors)
+    return [
+        one._replace(shape=(experts, *one.shape[:: -1 if matrix.transposed else 1])) if one.shape else one
+        for one in weight.stored(rows, columns)
+    ]
 
 
 def _refuse_duplicates(units: Sequence[Unit]) -> None:

@@ -13,8 +13,8 @@ from stages.formats.int4_awq import INT4_AWQ
 from stages.formats.int8_sq import INT8_SQ
 from stages.formats.nvfp4 import NVFP4
 from stages.formats.w4a8_awq import W4A8_AWQ
-from stages.formats.weight_format import WeightFormat
+from stages.formats.weight_format import StoredTensor, WeightFormat
 
 TABLE: dict[str, WeightFormat] = {format.name: format for format in (NVFP4, FP8, INT4_AWQ, W4A8_AWQ, INT8_SQ)}
 
-__all__ = ["FP8", "INT4_AWQ", "INT8_SQ", "NVFP4", "TABLE", "W4A8_AWQ", "WeightFormat"]
+__all__ = ["FP8", "INT4_AWQ", "INT8_SQ", "NVFP4", "TABLE", "W4A8_AWQ", "StoredTensor", "WeightFormat"]

@@ -24,6 +24,7 @@ class Fp8(WeightFormat):
     tensor_leaf = "weight_scale"
     shared_over = "fused experts"
     solvers = frozenset({"awq_lite", "awq_clip", "awq_full", "gptq"})
+    holds_together = True
     engines = ("vllm", "sglang", "trtllm")
 
     def stored(self, rows: int, columns: int) -> list[StoredTensor]:
@@ -55,14 +56,20 @@ class Fp8(WeightFormat):
         """float8_e4m3fn `[N, K]`. What a clipped scale leaves beyond ±448 becomes ±448; the bare conversion
         would make it NaN.
 
-        The quotient is in the weight's own dtype, as modelopt has it.
+        The quotient is in the weight's own dtype, that of experts in one tensor in float32, as modelopt has
+        it: there a scale with an axis of its own counts when torch chooses the dtype.
         """
         assert tensor_scale is not None
-        scale = tensor_scale
+        scale = tensor_scale.reshape(()) if weight.dim() == 2 else tensor_scale.reshape(1)
         # As a number: a bound that is a tensor takes ten times as long.
-        bound = (E4M3_MAX * scale).to(weight.dtype).item()
+        bound = (E4M3_MAX * tensor_scale).to(weight.dtype).item()
         packed = torch.empty(weight.shape, dtype=torch.float8_e4m3fn, device=weight.device)
-        return by_rows(weight, packed, lambda rows, _: rows.clamp(-bound, bound).div_(scale).to(packed.dtype))
+        by_rows(
+            weight.flatten(0, -2),
+            packed.flatten(0, -2),
+            lambda rows, _: (rows.clamp(-bound, bound) / scale).to(packed.dtype),
+        )
+        return packed
 
     def encode(self, values: Tensor) -> Tensor:
         return values.to(torch.float8_e4m3fn)

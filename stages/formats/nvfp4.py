@@ -38,6 +38,7 @@ class Nvfp4(WeightFormat):
     tensor_leaf = "weight_scale_2"
     shared_over = "engine groups"
     solvers = frozenset({"awq_lite", "awq_clip", "awq_full", "gptq"})
+    holds_together = True
     engines = ("vllm", "sglang", "trtllm")
 
     def stored(self, rows: int, columns: int) -> list[StoredTensor]:

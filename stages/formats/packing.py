@@ -32,7 +32,7 @@ def spans(total: int, unit: int, device: torch.device) -> Iterator[slice]:
 def by_rows(
     weight: Tensor, packed: Tensor, encode: Callable[[Tensor, slice], Tensor], together: int = 1
 ) -> Tensor:
-    """Fill `packed` from a weight `[N, K]`, some rows at a time; returns it.
+    """Fill `packed` `[N / together, ...]` from a weight `[N, K]`, some rows at a time; returns it.
 
     Args:
         encode: rows of the weight, and which they are → what is packed of them.
@@ -60,15 +60,15 @@ def block_amax(weight: Tensor, block: int) -> Tensor:
 
 
 def pack_e2m1(weight: Tensor, steps: Tensor) -> Tensor:
-    """Codes of e2m1, two a byte, the even column low: `[N, K]` → uint8 `[N, K / 2]`.
+    """Codes of e2m1, two a byte, the even column low: `[..., K]` → uint8 `[..., K / 2]`.
 
     Args:
-        steps: what one unit of the grid is worth in each block of a row, f32 `[N, blocks]`.
+        steps: what one unit of the grid is worth in each block of a row, f32 `[..., blocks]`.
     Ties go to the even code, what lies beyond the grid to its end, -0 to +0. What is no number, 0 / 0, gets
     the largest code, as modelopt has it.
     """
-    rows, columns = weight.shape
-    block = columns // steps.shape[1]
+    columns = weight.shape[-1]
+    block = columns // steps.shape[-1]
     blocks, steps = weight.contiguous().view(-1, block), steps.reshape(-1, 1)
     packed = torch.empty(len(blocks), block // 2, dtype=torch.uint8, device=weight.device)
     undefined = not bool((steps > 0).all())
@@ -81,7 +81,7 @@ def pack_e2m1(weight: Tensor, steps: Tensor) -> Tensor:
         if undefined:
             quotients.nan_to_num_(nan=torch.inf)
         packed[part] = _in_pairs(_e2m1_codes(quotients, code, term))
-    return packed.view(rows, columns // 2)
+    return packed.view(*weight.shape[:-1], columns // 2)
 
 
 def _e2m1_codes(quotients: Tensor, code: Tensor, term: Tensor) -> Tensor:

@@ -49,6 +49,8 @@ class WeightFormat(ABC):
             parameter; none.
         solvers: the solvers that can search a weight of this format.
         weight_axis: the axis along which modelopt's weight quantizer must have its scales; None: any.
+        holds_together: whether a checkpoint may hold all experts of a layer in one tensor of this format, as
+            modelopt's exporter does.
         engines: those that are known to load a checkpoint with such weights.
     """
 
@@ -64,6 +66,7 @@ class WeightFormat(ABC):
     shared_over: ClassVar[Literal["engine groups", "fused experts"] | None] = None
     solvers: ClassVar[frozenset[str]] = frozenset()
     weight_axis: ClassVar[int | None] = None
+    holds_together: ClassVar[bool] = False
     engines: ClassVar[tuple[str, ...]] = ()
 
     def with_blocks(self, block_size: int) -> Self:
@@ -205,7 +208,9 @@ class WeightFormat(ABC):
 
     @abstractmethod
     def pack(self, weight: Tensor, tensor_scale: Tensor | None, block_scale: Tensor | None) -> Tensor:
-        """The codes of a weight `[N, K]` as a checkpoint holds them, rounded under given scales."""
+        """The codes of a weight `[N, K]` as a checkpoint holds them, rounded under given scales. Experts in
+        one tensor come as `[E, N, K]`: modelopt may divide those in another dtype.
+        """
 
     @abstractmethod
     def encode(self, values: Tensor) -> Tensor:

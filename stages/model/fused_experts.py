@@ -6,9 +6,9 @@ no entry anywhere.
 """
 
 from collections.abc import Collection, Sequence
-from typing import Any
 
 from stages.model.matrices import StoredMatrix
+from stages.model.modules import Arrangement
 from state.errors import InputError
 from state.source import TensorEntry
 
@@ -18,7 +18,7 @@ TRANSPOSE = "Transpose"
 def expert_matrices(
     experts: str,
     leaves: Sequence[str],
-    module: Any,
+    arranged: Arrangement,
     shape: Sequence[int],
     sources: Sequence[TensorEntry],
     operations: Collection[str],
@@ -27,7 +27,7 @@ def expert_matrices(
 
     Args:
         experts: hub name of the experts module. leaves: the projections that the parameter holds, in order.
-        module: the experts module, with `is_transposed` and `is_concatenated`.
+        arranged: how the module holds its experts.
         shape: of the parameter, `[experts, …, …]`.
         sources: the hub tensors that feed it, in order: one with everything, or one for each leaf.
         operations: names of what transformers does to them on loading.
@@ -50,9 +50,9 @@ def expert_matrices(
     for position, leaf in enumerate(leaves):
         entry = sources[0 if together else position]
         turned = TRANSPOSE in operations
-        transposed, rows = _orientation(entry, module.is_transposed, turned, shape, len(leaves) // parts)
+        transposed, rows = _orientation(entry, arranged.transposed, turned, shape, len(leaves) // parts)
         each = rows // parts
-        first, stride = (position * each, 1) if module.is_concatenated else (position, parts)
+        first, stride = (position, parts) if arranged.interleaved else (position * each, 1)
         if parts == 1:
             first, stride = 0, 1
         for number in range(shape[0]):

@@ -47,10 +47,16 @@ class StoredMatrix:
         return self._view(source).clone(memory_format=torch.contiguous_format)
 
     def _view(self, source: Source) -> Tensor:
-        matrix = map_tensor(source, self.tensor, self.expert)
-        if self.transposed:
-            matrix = matrix.mT
-        return matrix[self.rows]
+        return self._part(map_tensor(source, self.tensor, self.expert))
+
+    def _part(self, stored: Tensor) -> Tensor:
+        return (stored.mT if self.transposed else stored)[self.rows]
+
+    def place(self, whole: Tensor) -> Tensor:
+        """The view of this matrix, `[out, ...]`, in a tensor with the axes of the stored one; `in` may be
+        shorter there.
+        """
+        return self._part(whole if self.expert is None else whole[self.expert])
 
     @property
     def rows(self) -> slice:

@@ -8,7 +8,6 @@ names are where transformers keeps the same weights, possibly fused
 from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 from torch import nn
 from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
@@ -18,7 +17,8 @@ from stages.model.cast_source import set_dtype
 from stages.model.dequantize.stated import without_quantization
 from stages.model.fused_experts import expert_matrices, fused_hub_name
 from stages.model.matrices import StoredMatrix
-from stages.model.modules import ExpertsModule, LinearModule
+from stages.model.merged_linears import linears_of
+from stages.model.modules import Arrangement, ExpertsModule, LinearModule, arrangement
 from stages.model.own_code import refuse_own_code
 from stages.model.plausible import read_config
 from stages.model.tensor_map import map_tensors, operations
@@ -109,35 +109,48 @@ class Skeleton:
                 return hub.removesuffix(tail)
         return memory
 
+    def hub_names(self, memory: str) -> list[str]:
+        """`hub_name`, or those of all linears that are merged in a linear of the class."""
+        merged = [linear.hub for linear in self.linears if linear.merged and linear.memory == memory]
+        return merged or [self.hub_name(memory)]
+
     @cached_property
     def linears(self) -> list[LinearModule]:
-        """Every linear and router, in the model's own order."""
+        """Every linear and router, in the model's own order.
+
+        Raises InputError for one that several hub tensors feed otherwise than one below the other.
+        """
         found = []
         for name, module in self.model.named_modules():
             if isinstance(module, nn.Linear) or is_router(module):
-                rows, columns = module.weight.shape
-                found.append(LinearModule(self.hub_name(name), name, columns, rows))
+                sources = self._sources(f"{name}.weight")
+                found += linears_of(
+                    LinearModule(self.hub_name(name), name, module.weight.shape[1], module.weight.shape[0]),
+                    [self._tensors[tensor] for tensor in sources],
+                    operations(self.model, sources) if len(sources) > 1 else (),
+                )
         return found
 
     @cached_property
     def experts(self) -> list[ExpertsModule]:
-        """Every module of fused experts that transformers dispatches through its experts registry.
+        """Every module of fused experts that can be observed: those in transformers' experts registry, and
+        those that multiply all experts at once.
 
-        Raises InputError for three-dimensional expert weights outside that registry, which could not be
-        observed.
+        Raises InputError for other three-dimensional expert weights.
         """
         found = []
         for name, module in self.model.named_modules():
-            if is_registry_experts(module):
-                found.append(self._experts_module(name, module))
+            arranged = arrangement(module)
+            if arranged is not None:
+                found.append(self._experts_module(name, module, arranged))
             elif (
                 any(parameter.dim() == 3 for parameter in module.parameters(recurse=False))
                 and "expert" in name
             ):
                 raise InputError(
                     f"{name} ({type(module).__name__}) keeps its experts fused outside transformers' experts "
-                    "registry; such models are not supported yet (supported: fused experts in the registry, "
-                    "experts as nn.Linear)"
+                    "registry; such models are not supported yet (supported: fused experts in it, or as "
+                    "Llama 4 has them; experts as nn.Linear)"
                 )
         return found
 
@@ -192,7 +205,7 @@ class Skeleton:
                 found |= expert_matrices(
                     experts.hub,
                     leaves,
-                    module,
+                    experts.arranged,
                     getattr(module, parameter).shape,
                     [self._tensors[name] for name in sources],
                     operations(self.model, sources),
@@ -212,8 +225,15 @@ class Skeleton:
 
     def _sources(self, parameter: str) -> list[str]:
         """The hub tensors that feed a parameter, in order."""
-        found = [(order, name) for name, (fed, order) in self.parameter_of.items() if fed == parameter]
-        return [name for _, name in sorted(found)]
+        return self._feeding.get(parameter, [])
+
+    @cached_property
+    def _feeding(self) -> dict[str, list[str]]:
+        """Parameter → the hub tensors that feed it, in order."""
+        found: dict[str, list[str]] = {}
+        for name, (fed, _) in sorted(self.parameter_of.items(), key=lambda item: (item[1][1], item[0])):
+            found.setdefault(fed, []).append(name)
+        return found
 
     def projections(self) -> list[str]:
         """Hub names of all that has a weight: linears, routers and each expert's projections."""
@@ -223,17 +243,17 @@ class Skeleton:
                 names += experts.projections(number)
         return names
 
-    def _experts_module(self, memory: str, module: Any) -> ExpertsModule:
-        up_parameter = "gate_up_proj" if module.has_gate else "up_proj"
+    def _experts_module(self, memory: str, module: nn.Module, arranged: Arrangement) -> ExpertsModule:
+        up_parameter = "gate_up_proj" if arranged.gated else "up_proj"
         up = getattr(module, up_parameter)
-        hidden, width = (up.shape[1], up.shape[2]) if module.is_transposed else (up.shape[2], up.shape[1])
+        hidden, width = (up.shape[1], up.shape[2]) if arranged.transposed else (up.shape[2], up.shape[1])
         first = self._expert_leaves(f"{memory}.{up_parameter}")
         second = self._expert_leaves(f"{memory}.down_proj")
         fused_on_hub = not first
         if fused_on_hub:
             hub = self._fused_hub_name(memory, up_parameter)
             first, second = {"gate_proj": hub, "up_proj": hub}, {"down_proj": hub}
-            if not module.has_gate:
+            if not arranged.gated:
                 first = {"up_proj": hub}
         return ExpertsModule(
             hub=next(iter(first.values())),
@@ -243,9 +263,9 @@ class Skeleton:
             down=next(iter(second)),
             up_parameter=up_parameter,
             hidden=hidden,
-            intermediate=width // (2 if module.has_gate else 1),
+            intermediate=width // (2 if arranged.gated else 1),
             fused_on_hub=fused_on_hub,
-            biased=module.has_bias,
+            arranged=arranged,
         )
 
     def _expert_leaves(self, parameter: str) -> dict[str, str]:
@@ -274,8 +294,3 @@ def is_router(module: nn.Module) -> bool:
     kind = type(module).__name__.lower()
     weight = module._parameters.get("weight")
     return ("router" in kind or "gate" in kind) and weight is not None and weight.dim() == 2
-
-
-def is_registry_experts(module: nn.Module) -> bool:
-    """True for expert modules whose class carries transformers' `use_experts_implementation` decorator."""
-    return hasattr(module, "has_gate") and hasattr(module, "is_transposed") and hasattr(module, "_apply_gate")

@@ -26,7 +26,7 @@ from state.identity import digest, digest_json
 from state.source import Source
 
 FOLDER = "plans"
-LAYOUT = 2
+LAYOUT = 3
 """Goes up when the content of a kept plan changes."""
 
 PACKAGES = ("holdfast", "nvidia-modelopt", "torch", "transformers")
@@ -59,6 +59,8 @@ class _Kept(BaseModel):
     constant_inputs: dict[str, float]
     kv: dict[str, KvFormat]
     fused_experts: list[str]
+    together: dict[str, str]
+    merged: dict[str, str]
     hf_quant_config: dict[str, Any]
     left_out: dict[str, str]
     dtype: str
@@ -119,6 +121,8 @@ def _to_kept(plan: ModelPlan) -> _Kept:
         constant_inputs=quantizers.constant_inputs,
         kv=quantizers.kv,
         fused_experts=sorted(quantizers.fused_experts),
+        together=quantizers.together,
+        merged=quantizers.merged,
         hf_quant_config=quantizers.hf_quant_config,
         left_out=quantizers.left_out,
         dtype=plan.dtype,
@@ -136,6 +140,8 @@ def _from_kept(kept: _Kept) -> ModelPlan:
         constant_inputs=kept.constant_inputs,
         kv=kept.kv,
         fused_experts=frozenset(kept.fused_experts),
+        together=kept.together,
+        merged=kept.merged,
         hf_quant_config=kept.hf_quant_config,
         left_out=kept.left_out,
     )

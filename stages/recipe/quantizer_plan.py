@@ -33,9 +33,10 @@ class QuantizerPlan:
     weights: linear or expert projection → its format. inputs: the same modules where the input is quantized
     too → the name of modelopt's quantizer. constant_inputs: those whose amax the recipe fixes. kv: attention
     module → KV cache format (`fp8_cast`: the recipe fixes the scale at one). fused_experts: expert
-    projections that share one quantizer per layer. hf_quant_config: what modelopt writes to
-    `hf_quant_config.json`, names mapped to the hub's. left_out: module or quantizer that the recipe names and
-    that stays as it is → the reason.
+    projections that share one quantizer per layer. together: those that the checkpoint goes on holding in one
+    tensor → its name. merged: linears that are one in the model class, with one quantizer → its name there.
+    hf_quant_config: what modelopt writes to `hf_quant_config.json`, names mapped to the hub's. left_out:
+    module or quantizer that the recipe names and that stays as it is → the reason.
     """
 
     recipe: Recipe
@@ -44,5 +45,16 @@ class QuantizerPlan:
     constant_inputs: dict[str, float] = field(default_factory=dict)
     kv: dict[str, KvFormat] = field(default_factory=dict)
     fused_experts: frozenset[str] = frozenset()
+    together: dict[str, str] = field(default_factory=dict)
+    merged: dict[str, str] = field(default_factory=dict)
     hf_quant_config: dict[str, Any] = field(default_factory=dict)
     left_out: dict[str, str] = field(default_factory=dict)
+
+    def output(self, module: str, leaf: str) -> str:
+        """The tensor that the checkpoint holds for a module under `weight`, `weight_scale` and so on;
+        experts that stay together have one in common.
+        """
+        tensor = self.together.get(module)
+        if tensor is None:
+            return f"{module}.{leaf}"
+        return tensor if leaf == "weight" else f"{tensor}_{leaf}"

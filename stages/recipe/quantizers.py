@@ -16,6 +16,8 @@ from stages.formats import TABLE, WeightFormat
 from stages.model.engine_fused import fused_with
 from stages.model.modules import ExpertsModule
 from stages.model.skeleton import Skeleton
+from stages.recipe.fused_refused import with_biases_apart, without_layout, without_quantizers
+from stages.recipe.hub_config import in_hub_names
 from stages.recipe.quantizer_plan import KvFormat, QuantizerPlan
 from stages.recipe.recipes import ALGORITHMS, Recipe
 from state.errors import InputError
@@ -52,7 +54,9 @@ def plan_quantizers(skeleton: Skeleton, recipe: Recipe) -> QuantizerPlan:
         constant_inputs=reader.constants,
         kv=reader.kv,
         fused_experts=frozenset(reader.fused),
-        hf_quant_config=_hub_names(get_quant_config(model), skeleton),
+        together=reader.together,
+        merged=reader.merged,
+        hf_quant_config=in_hub_names(get_quant_config(model), skeleton),
         left_out=reader.left_out,
     )
 
@@ -76,13 +80,17 @@ class _PlanReader:
 
     def __init__(self, skeleton: Skeleton, recipe: Recipe) -> None:
         self.skeleton, self.recipe = skeleton, recipe
-        self.linear_names = {linear.memory: linear.hub for linear in skeleton.linears}
+        self.linear_names: dict[str, list[str]] = {}
+        for linear in skeleton.linears:
+            self.linear_names.setdefault(linear.memory, []).append(linear.hub)
         self.expert_modules = {experts.memory: experts for experts in skeleton.experts}
         self.weights: dict[str, WeightFormat] = {}
         self.inputs: dict[str, str] = {}
         self.constants: dict[str, float] = {}
         self.kv: dict[str, KvFormat] = {}
         self.fused: set[str] = set()
+        self.together: dict[str, str] = {}
+        self.merged: dict[str, str] = {}
         self.served: set[str] = set()
         self.enabled: dict[str, Any] = {}
         self.left_out: dict[str, str] = {}
@@ -100,43 +108,41 @@ class _PlanReader:
         elif hasattr(module, "k_bmm_quantizer"):
             self._read_attention(name, module)
 
-    def _read_linear(self, memory: str, hub: str, module: nn.Module) -> None:
+    def _read_linear(self, memory: str, hubs: list[str], module: nn.Module) -> None:
         weight_quantizer = getattr(module, "weight_quantizer", None)
         if weight_quantizer is None or not weight_quantizer.is_enabled:
             return
-        self._weight([hub], f"{memory}.weight_quantizer", module, weight_quantizer)
-        self._input([hub], f"{memory}.input_quantizer", module.input_quantizer)
+        self._weight(hubs, f"{memory}.weight_quantizer", module, weight_quantizer)
+        self._input(hubs, f"{memory}.input_quantizer", module.input_quantizer)
+        if len(hubs) > 1:
+            self.merged.update(dict.fromkeys(hubs, memory))
 
     def _read_experts(self, experts: ExpertsModule, module: nn.Module) -> None:
-        if experts.fused_on_hub and experts.biased:
-            self._refuse_fused(experts, module)
-            return
         for parameter, leaves in ((experts.up_parameter, experts.up), ("down_proj", (experts.down,))):
             hubs = [f"{experts.hub}.{number}.{leaf}" for number in range(experts.count) for leaf in leaves]
-            quantizers = getattr(module, f"{parameter}_weight_quantizers")
-            if not quantizers[0].is_enabled:
+            name = f"{parameter}_weight_quantizer"
+            together = hasattr(module, name)  # modelopt's word for: one tensor, one scale
+            if not together and not hasattr(module, f"{name}s"):
+                raise without_quantizers(experts, type(module).__name__)
+            quantizer = getattr(module, name) if together else getattr(module, f"{name}s")[0]
+            if not quantizer.is_enabled:
                 continue
-            prefix = f"{experts.memory}.{parameter}_weight_quantizers"
-            for number in range(experts.count):
-                self.served.add(f"{prefix}.{number}")
-                self.served.update(f"{prefix}.{number}.{step}" for step in range(2))
-            self._weight(hubs, f"{experts.memory}.{parameter}_weight_quantizers.0", module, quantizers[0])
+            if together:
+                self.together.update((hub, self.skeleton.matrix(hub).tensor) for hub in hubs)
+            elif experts.fused_on_hub and experts.arranged.biased:
+                raise with_biases_apart(experts, self.recipe.name)
+            else:
+                name += "s.0"
+                prefix = f"{experts.memory}.{parameter}_weight_quantizers"
+                for number in range(experts.count):
+                    self.served.add(f"{prefix}.{number}")
+                    self.served.update(f"{prefix}.{number}.{step}" for step in range(2))
+            self._weight(hubs, f"{experts.memory}.{name}", module, quantizer)
+            if together and not self.weights[hubs[0]].holds_together:
+                raise without_layout(experts, self.recipe.name, self.weights[hubs[0]].name)
             name = f"{parameter}_input_quantizer"
             self._input(hubs, f"{experts.memory}.{name}", getattr(module, name))
             self.fused.update(hubs)
-
-    def _refuse_fused(self, experts: ExpertsModule, module: nn.Module) -> None:
-        """Raise InputError where the recipe quantizes experts with biases that the checkpoint stores as one
-        tensor: no engine is known to read those expert by expert.
-        """
-        from modelopt.torch.quantization.nn import TensorQuantizer
-
-        if any(part.is_enabled for part in module.modules() if isinstance(part, TensorQuantizer)):
-            raise InputError(
-                f"recipe {self.recipe.name!r} quantizes {experts.hub}, whose experts have biases and are "
-                "stored fused in one tensor; that is not supported yet; supported: a recipe that leaves them "
-                "alone, such as general/ptq/nvfp4_omlp_only-kv_fp8"
-            )
 
     def _read_attention(self, memory: str, module: nn.Module) -> None:
         quantizers = {part: getattr(module, f"{part}_bmm_quantizer") for part in ("k", "v")}
@@ -198,15 +204,16 @@ class _PlanReader:
 
     def leave_out_towers(self) -> None:
         """Leave linears unquantized that text never reaches: towers for images and sound, and projectors."""
-        for memory, hub in self.linear_names.items():
-            if hub in self.weights and not self.skeleton.is_of_text(memory):
-                self._leave_out(hub, "text does not reach it, so nothing is known of its inputs")
+        for memory, hubs in self.linear_names.items():
+            for hub in hubs:
+                if hub in self.weights and not self.skeleton.is_of_text(memory):
+                    self._leave_out(hub, "text does not reach it, so nothing is known of its inputs")
 
     def leave_out_half_groups(self) -> None:
         """Leave linears unquantized that engines load as one matrix with others which the checkpoint holds
         and the model class never builds, so that nothing is known of their inputs.
         """
-        built = set(self.linear_names.values())
+        built = {hub for hubs in self.linear_names.values() for hub in hubs}
         for module in list(self.weights):
             unbuilt = [
                 other
@@ -223,6 +230,7 @@ class _PlanReader:
     def _leave_out(self, module: str, why: str) -> None:
         del self.weights[module]
         self.inputs.pop(module, None)
+        self.merged.pop(module, None)
         self.constants.pop(module, None)
         self.left_out[module] = why
 
@@ -270,27 +278,3 @@ def _per_tensor_fp8(quantizer: Any) -> bool:
         and not quantizer.block_sizes
         and _plain(quantizer)
     )
-
-
-def _hub_names(config: dict[str, Any], skeleton: Skeleton) -> dict[str, Any]:
-    """Rename the modules of modelopt's exclude list and per-layer table from memory names to hub names.
-
-    A trailing wildcard stays where it is.
-    """
-    quantization = config["quantization"]
-    if "exclude_modules" in quantization:
-        quantization["exclude_modules"] = [
-            _hub_pattern(entry, skeleton) for entry in quantization["exclude_modules"]
-        ]
-    if "quantized_layers" in quantization:
-        quantization["quantized_layers"] = {
-            skeleton.hub_name(name): entry for name, entry in quantization["quantized_layers"].items()
-        }
-    return config
-
-
-def _hub_pattern(entry: str, skeleton: Skeleton) -> str:
-    for wildcard in (".*", "*"):
-        if entry.endswith(wildcard):
-            return skeleton.hub_name(entry.removesuffix(wildcard)) + wildcard
-    return skeleton.hub_name(entry)

@@ -30,13 +30,15 @@ class Group:
     """Weights that read one site and that engines fuse, so that they share their scales: q/k/v, or gate/up.
 
     members: stacked hub name → float weights [E, N, K], E = 1 for a single linear. site: what they read.
-    common_basis: the experts' inputs are the same kind of vector (see `with_prior`).
+    common_basis: the experts' inputs are the same kind of vector (see `with_prior`). together: a checkpoint
+    holds all experts in one tensor, which has one scale.
     """
 
     members: dict[str, Tensor]
     site: SiteStatistics
     format: WeightFormat
     common_basis: bool
+    together: bool = False
 
     @property
     def weights(self) -> Tensor:
@@ -193,6 +195,8 @@ def _finish(group: Group, clip: bool, damping: float | None, solution: LayerSolu
             found = awq_clip.search_block(group.format, weights, moment).amax
             for name, own in group.split(found).items():
                 solution.arrays[f"{name}@amax"] = own if _is_stacked(name) else own[0]
+    if group.together:
+        amax = amax.amax(0, keepdim=True).repeat(len(amax), 1, 1)
     if damping is not None:
         moment = with_prior(group.site, group.common_basis).second_moment
         quantized = gptq.solve(weights, moment, group.format, amax=amax, damping=damping)

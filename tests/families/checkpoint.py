@@ -53,13 +53,17 @@ class Checkpoint:
         name = self.weight_name(module)
         return name is not None and self.tensors[name].dtype in (torch.uint8, torch.float8_e4m3fn)
 
-    def values(self, module: str) -> torch.Tensor:
-        """A module's weight as an engine would use it, float32 [.., out, in] as it lies in the file."""
+    def values(self, module: str, transposed: bool = False) -> torch.Tensor:
+        """A module's weight as an engine would use it, float32 [.., out, in]. `transposed`: codes and block
+        scales lie as [.., in, out] in the file."""
         name = self.weight_name(module)
         assert name is not None
         self.used.add(name)
         stored = self.tensors[name]
         scale = self.scale(module, "weight_scale")
+        if transposed:
+            stored = stored.mT
+            scale = scale.mT if scale is not None and scale.ndim > 1 else scale
         if stored.dtype == torch.uint8:
             second = self.scale(module, "weight_scale_2")
             assert scale is not None and second is not None, f"{module} lacks a scale"

@@ -11,10 +11,11 @@ from tests.families.layout import Family, Fused
 @dataclass(frozen=True)
 class Matrix:
     """One matrix that an export may quantize: its module in the export's names, and its values [.., out,
-    in]."""
+    in]. `transposed`: the export stores it as [.., in, out], packed along `in` all the same."""
 
     module: str
     value: torch.Tensor
+    transposed: bool = False
 
 
 def matrices(family: Family, weights: dict[str, torch.Tensor]) -> dict[str, list[Matrix]]:
@@ -36,7 +37,7 @@ def split(name: str, value: torch.Tensor, fused: Fused) -> list[Matrix]:
     """The matrices of a tensor that holds all experts of a layer."""
     rows = value.transpose(1, 2) if fused.transposed else value
     if fused.expert is None:
-        return [Matrix(name, rows)]
+        return [Matrix(name, rows, fused.transposed)]
     found = []
     for expert, matrix in enumerate(rows):
         for number, part in enumerate(fused.parts):

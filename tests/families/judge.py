@@ -102,10 +102,12 @@ def _quantized_faults(matrix: Matrix, export: Checkpoint, asked: Asked) -> Itera
         if not asked.folded and not (kept.dtype == matrix.value.dtype and torch.equal(kept, matrix.value)):
             yield f"{matrix.module} is neither quantized nor the source's"
         return
-    values = export.values(matrix.module)
+    second = export.scale(matrix.module, "weight_scale_2")
+    if second is not None and second.numel() != 1:
+        yield f"{matrix.module} has {second.numel()} scales for the whole tensor"
+        return
+    values = export.values(matrix.module, matrix.transposed)
     wanted = matrix.value.float()
-    if values.shape != wanted.shape:
-        values = values.transpose(-1, -2)
     if values.shape != wanted.shape:
         yield f"{matrix.module} has shape {tuple(values.shape)}, not {tuple(wanted.shape)}"
         return

@@ -38,8 +38,7 @@ def dequantized(family: Family, weights: Weights, export: Checkpoint) -> Weights
             continue
         values = {}
         for matrix in parts:
-            value = export.values(matrix.module)
-            values[matrix.module] = value if value.shape == matrix.value.shape else value.transpose(-1, -2)
+            values[matrix.module] = export.values(matrix.module, matrix.transposed)
         if name in family.layout.fused:
             fused = family.layout.fused[name]
             found[name] = joined(name, values, fused, weights[name].shape[0])

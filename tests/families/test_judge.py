@@ -174,3 +174,19 @@ def test_fused_experts_are_put_together_again(transposed: bool, interleaved: boo
 
     assert sorted(found)[0] == "experts.0.gate_proj"
     assert torch.equal(joined("experts.gate_up_proj", found, fused, 3), value)
+
+
+def test_experts_in_one_tensor_are_read_along_their_inputs(case: Case) -> None:
+    """Two experts of 32 inputs and 2 outputs, as [expert, in, out]: codes 1.0 and 2.0, one block doubled."""
+    codes = torch.tensor([0x22, 0x44], dtype=torch.uint8).expand(2, 16, 2)
+    blocks = torch.ones(2, 2, 2)
+    blocks[1, 1, 0] = 2.0
+    tensors = {
+        "x": codes,
+        "x_weight_scale": blocks.to(torch.float8_e4m3fn),
+        "x_weight_scale_2": torch.tensor(0.5),
+    }
+    values = Checkpoint(case.source, tensors, {}, []).values("x", transposed=True)
+    assert values.shape == (2, 2, 32)
+    assert values[0].tolist() == [[0.5] * 32, [1.0] * 32]
+    assert values[1].tolist() == [[0.5] * 16 + [1.0] * 16, [1.0] * 32]

@@ -73,11 +73,23 @@ def calibrated(model: Path, schedule: str, recipe: str) -> Path:
 
 
 def store(run: Path) -> dict[str, bytes]:
-    """Every file of the run's statistics and solutions."""
+    """Every file of the run's statistics and solutions; proofs of folding without where experts lie."""
     root = run / "calibration.zarr"
-    return {
+    found = {
         str(path.relative_to(root)): path.read_bytes() for path in sorted(root.rglob("*")) if path.is_file()
     }
+    for name, content in found.items():
+        if name.startswith("solutions/") and b'"proof"' in content:
+            attributes = json.loads(content)
+            proof = attributes["attributes"]["proof"]
+            del proof["kind"]  # a digest of all operands
+            for site in proof["sites"]:
+                for part in (*site["sources"], *site["consumers"]):
+                    if ".experts.E." in part["module"]:
+                        for lying in ("tensor", "shape", "first", "period", "expert"):
+                            del part[lying]
+            found[name] = json.dumps(attributes).encode()
+    return found
 
 
 def exported(run: Path, recipe: str, name: str = "out") -> Path:

@@ -83,7 +83,9 @@ def quantizer_sites(skeleton: Skeleton, found: Probe) -> dict[str, list[Site]]:
 
     modelopt gives all experts of a layer one input quantizer per projection.
     """
-    sites = {f"{linear.memory}.input_quantizer": [Site(linear.hub, "input")] for linear in skeleton.linears}
+    sites: dict[str, list[Site]] = {}
+    for linear in skeleton.linears:
+        sites.setdefault(f"{linear.memory}.input_quantizer", []).append(Site(linear.hub, "input"))
     for experts in skeleton.experts:
         for parameter, leaves in ((experts.up_parameter, experts.up), ("down_proj", (experts.down,))):
             sites[f"{experts.memory}.{parameter}_input_quantizer"] = [
@@ -100,9 +102,8 @@ def quantizer_sites(skeleton: Skeleton, found: Probe) -> dict[str, list[Site]]:
 def _quantizers(skeleton: Skeleton, found: Probe) -> dict[str, tuple[str, ...]]:
     """Patterns of modelopt's quantizer names → keys of the sites behind them; weights of experts included."""
     names = quantizer_sites(skeleton, found)
-    names |= {
-        f"{linear.memory}.weight_quantizer": [Site(linear.hub, "weight")] for linear in skeleton.linears
-    }
+    for linear in skeleton.linears:
+        names.setdefault(f"{linear.memory}.weight_quantizer", []).append(Site(linear.hub, "weight"))
     for experts in skeleton.experts:
         for parameter, leaves in ((experts.up_parameter, experts.up), ("down_proj", (experts.down,))):
             names[f"{experts.memory}.{parameter}_weight_quantizers.0"] = [

@@ -108,7 +108,7 @@ def record_weights(
     for linear in skeleton.linears:
         if not chosen(linear.memory):
             continue
-        weight = model.get_submodule(linear.memory).weight
+        weight = linear.rows_of(model.get_submodule(linear.memory).weight)
         statistics.add_weights(*layout.locate(Site(linear.hub, "weight")), weight.flatten())
     for experts in skeleton.experts:
         if not chosen(experts.memory):
@@ -121,13 +121,13 @@ def record_weights(
 def split_projections(experts: ExpertsModule, module: nn.Module) -> dict[str, torch.Tensor]:
     """Leaf → [experts, ...] view of its weights in the module's three-dimensional parameters."""
     first, second = expert_parameters(module)
-    axis = 2 if module.is_transposed else 1
+    axis = 2 if experts.arranged.transposed else 1
     if len(experts.up) == 1:
         parts: tuple[torch.Tensor, ...] = (first,)
-    elif module.is_concatenated:
-        parts = first.chunk(2, dim=axis)
-    else:  # gate and up interleaved
+    elif experts.arranged.interleaved:
         parts = tuple(first.unflatten(axis, (-1, 2)).unbind(axis + 1))
+    else:
+        parts = first.chunk(2, dim=axis)
     return {**dict(zip(experts.up, parts, strict=True)), experts.down: second}
 
 

@@ -4,8 +4,9 @@ transformers sorts the routed tokens by expert and multiplies them with all expe
 While such a module runs, the functions it may multiply with are replaced by ones that read their rows and
 offsets first. Nothing is computed twice and transformers' own implementation stays in place, so the outputs
 are bit-equal with and without observation, and a model that never reaches the matmul is noticed. The loop
-over experts (`eager`) is read the same way, one linear per expert. (A torch function mode would do as well,
-but slows every other call of the module too: 0.1 ms a forward instead of 0.01.)
+over experts (`eager`) is read the same way, one product per expert; and so is Llama 4, which hands every
+token to every expert: those that were not routed there are zeros, and do not count. (A torch function mode
+would do as well, but slows every other call of the module too: 0.1 ms a forward instead of 0.01.)
 """
 
 from collections.abc import Callable
@@ -25,6 +26,8 @@ Matmul = Callable[..., torch.Tensor]
 GROUPED = ("grouped_mm", "_grouped_mm", "grouped_mm_fallback")
 MATMULS = (
     (nn.functional, "linear"),
+    (torch.Tensor, "__matmul__"),
+    (torch, "bmm"),
     (nn.functional, "grouped_mm"),
     (torch, "_grouped_mm"),
     (torch.ops.transformers, "grouped_mm_fallback"),  # where a GPU is too old for the others
@@ -43,29 +46,37 @@ class ExpertRows:
     def __init__(self, module: nn.Module, grouped: GroupObserver, single: ExpertObserver) -> None:
         self.module, self.grouped, self.single = module, grouped, single
         self.seen: set[str] = set()
-        self._replaced: list[tuple[Any, str, Matmul]] = []
+        self._reached: torch.Tensor | None = None
+        self._replaced: list[tuple[Any, str, Matmul | None]] = []
         self._multiplying = False
 
     def __enter__(self) -> "ExpertRows":
         for holder, name in MATMULS:
             if hasattr(holder, name):
                 original = getattr(holder, name)
-                self._replaced.append((holder, name, original))
-                setattr(holder, name, self._watched(original, name in GROUPED))
+                inherited = name not in vars(holder)
+                self._replaced.append((holder, name, None if inherited else original))
+                setattr(holder, name, self._watched(original, name))
         return self
 
     def __exit__(self, *_exception: object) -> None:
         while self._replaced:
-            setattr(*self._replaced.pop())
+            holder, name, original = self._replaced.pop()
+            if original is None:
+                delattr(holder, name)
+            else:
+                setattr(holder, name, original)
 
-    def _watched(self, matmul: Matmul, grouped: bool) -> Matmul:
+    def _watched(self, matmul: Matmul, name: str) -> Matmul:
         def watched(*args: Any, **kwargs: Any) -> torch.Tensor:
             if self._multiplying:  # one of them calls another
                 return matmul(*args, **kwargs)
-            if grouped:
+            if name in GROUPED:
                 projection = PROJECTIONS[len(self.seen)]
                 self.seen.add(projection)
                 self.grouped(projection, args[0], kwargs["offs"] if "offs" in kwargs else args[2])
+            elif name == "bmm":
+                self._all_experts(args[0], args[1])
             else:
                 self._one_expert(args[0], args[1])
             self._multiplying = True
@@ -77,12 +88,29 @@ class ExpertRows:
         return watched
 
     def _one_expert(self, rows: torch.Tensor, weight: torch.Tensor) -> None:
+        projection, parameter = self._projection(weight)
+        if projection is not None:
+            self.seen.add(projection)
+            expert = (weight.storage_offset() - parameter.storage_offset()) // parameter.stride(0)
+            self.single(projection, rows, expert)
+
+    def _all_experts(self, rows: torch.Tensor, weights: torch.Tensor) -> None:
+        """rows: `[experts, tokens, channels]`, zeros where a token is not the expert's."""
+        projection, _ = self._projection(weights)
+        if projection is not None:
+            self.seen.add(projection)
+            if projection == "up":
+                self._reached = rows.ne(0).any(-1)
+            assert self._reached is not None  # up comes first
+            ends = self._reached.sum(1).cumsum(0).to(torch.int32)
+            self.grouped(projection, rows[self._reached], ends)
+
+    def _projection(self, weight: torch.Tensor) -> tuple[str | None, torch.Tensor]:
+        """The projection that a weight is of, and its parameter."""
         for projection, parameter in zip(PROJECTIONS, expert_parameters(self.module), strict=True):
             if weight.untyped_storage()._cdata == parameter.untyped_storage()._cdata:
-                self.seen.add(projection)
-                expert = (weight.storage_offset() - parameter.storage_offset()) // parameter.stride(0)
-                self.single(projection, rows, expert)
-                return
+                return projection, parameter
+        return None, weight
 
 
 def expert_parameters(module: nn.Module) -> tuple[torch.Tensor, torch.Tensor]:

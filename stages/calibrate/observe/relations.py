@@ -20,7 +20,8 @@ from transformers import PreTrainedModel
 from stages.calibrate.observe.attention import observed_attention
 from stages.calibrate.observe.lm_head import without_logits
 from stages.model.engine_fused import ENGINE_FUSED
-from stages.model.skeleton import Skeleton, is_registry_experts
+from stages.model.modules import is_registry_experts
+from stages.model.skeleton import Skeleton
 from state.layout import Relation, RelationKind
 from state.names import split_name
 

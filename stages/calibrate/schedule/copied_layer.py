@@ -35,14 +35,14 @@ class CopiedLayer:
         self.skeleton, self.rehearsal = skeleton, rehearsal
         self.module = in_float32(module, device)
         self._prefix = f"{name}."
-        self._linears = {linear.hub: linear.memory for linear in skeleton.linears}
+        self._linears = {linear.hub: linear for linear in skeleton.linears}
         own = [experts for experts in skeleton.experts if experts.memory.startswith(self._prefix)]
         self._projections: dict[str, Tensor] = {}
         for experts in own:
             held = self._get(experts.memory)
             for leaf, weights in split_projections(experts, held).items():
                 for number, weight in enumerate(weights):
-                    matrix = weight.mT if held.is_transposed else weight
+                    matrix = weight.mT if experts.arranged.transposed else weight
                     self._projections[f"{experts.hub}.{number}.{leaf}"] = matrix
         self._experts = {experts.count for experts in own}
 
@@ -51,7 +51,8 @@ class CopiedLayer:
         if operand.module in self._projections:
             return self._projections[operand.module] if len(operand.shape) > 1 else None
         if operand.module in self._linears and operand.tensor == f"{operand.module}.weight":
-            part = self._get(self._linears[operand.module]).weight
+            linear = self._linears[operand.module]
+            part = linear.rows_of(self._get(linear.memory).weight)
         elif operand.tensor in self.skeleton.parameter_of:
             memory, _, leaf = self.skeleton.parameter_of[operand.tensor][0].rpartition(".")
             part = getattr(self._get(memory), leaf)

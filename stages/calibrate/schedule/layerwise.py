@@ -205,7 +205,9 @@ class LayerByLayer:
         names = [f"{name}.weight" for name, module in model.named_modules() if module is embeddings]
         tied = tensor_of.get(names[0]) if names else None
         found = {
-            Site(linear.hub, "weight"): tensor_of.get(f"{linear.memory}.weight", tied)
+            Site(linear.hub, "weight"): f"{linear.hub}.weight"
+            if linear.merged
+            else tensor_of.get(f"{linear.memory}.weight", tied)
             for linear in self.skeleton.linears
             if self._is_outside(linear.memory)
         }

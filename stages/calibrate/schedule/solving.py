@@ -103,6 +103,7 @@ class SolverPass:
         members: dict[tuple[str, WeightFormat], dict[str, Tensor]] = {}
         sites: dict[tuple[str, WeightFormat], SiteArray] = {}
         down: set[tuple[str, WeightFormat]] = set()
+        together: set[tuple[str, WeightFormat]] = set()
         for name, (module, weights) in self._weights(layer).items():
             array, _ = self.statistics.layout.locate(Site(module, "input"))
             key = array.key, self.quantizers.weights[module]
@@ -110,9 +111,11 @@ class SolverPass:
             sites[key] = array
             if any(module == f"{experts.hub}.0.{experts.down}" for experts in self.skeleton.experts):
                 down.add(key)
+            if module in self.quantizers.together:
+                together.add(key)
         return {
             f"{key[0]}.{key[1].name}": Group(
-                stacked, self._site(sites[key], layer, moments), key[1], key not in down
+                stacked, self._site(sites[key], layer, moments), key[1], key not in down, key in together
             )
             for key, stacked in members.items()
         }
@@ -123,7 +126,8 @@ class SolverPass:
         found: dict[str, tuple[str, Tensor]] = {}
         for linear in self.skeleton.linears:
             if split_name(linear.hub)[1:] == (layer, None) and linear.hub in quantized:
-                found[linear.hub] = linear.hub, model.get_submodule(linear.memory).weight[None]
+                weight = linear.rows_of(model.get_submodule(linear.memory).weight)
+                found[linear.hub] = linear.hub, weight[None]
         for experts in self.skeleton.experts:
             if split_name(experts.hub)[1] != layer:
                 continue
@@ -131,7 +135,7 @@ class SolverPass:
             for leaf, weights in split_projections(experts, module).items():
                 hub = f"{experts.hub}.0.{leaf}"
                 if hub in quantized:
-                    found[stacked_name(hub)] = hub, weights.mT if module.is_transposed else weights
+                    found[stacked_name(hub)] = hub, weights.mT if experts.arranged.transposed else weights
         return found | self._linear_experts(layer)
 
     def _linear_experts(self, layer: int) -> dict[str, tuple[str, Tensor]]:
@@ -140,7 +144,7 @@ class SolverPass:
         for linear in self.skeleton.linears:
             _, own_layer, expert = split_name(linear.hub)
             if own_layer == layer and expert is not None and linear.hub in self.quantizers.weights:
-                weight = self.skeleton.model.get_submodule(linear.memory).weight
+                weight = linear.rows_of(self.skeleton.model.get_submodule(linear.memory).weight)
                 parts.setdefault(stacked_name(linear.hub), []).append((expert, linear.hub, weight))
         stacked = {}
         for name, found in parts.items():

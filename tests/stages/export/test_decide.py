@@ -94,3 +94,26 @@ def test_an_unseen_expert_is_left_without_input_scale_by_policy_only() -> None:
     assert values(layer)[f"{experts[1]}.input_scale"] == 1.0 and layer.weights_only == frozenset()
     alone = decided(observed, unseen="weights-only", **fields)
     assert f"{experts[1]}.input_scale" not in alone.scales and alone.weights_only == {experts[1]}
+
+
+def test_scales_of_experts_in_one_tensor_are_named_after_it() -> None:
+    modules = ["experts.0.up", "experts.1.up"]
+    found = decided(
+        dict(zip(modules, (FP8_STEP, 2 * FP8_STEP), strict=True)),
+        weights=dict.fromkeys(modules, FP8),
+        inputs=dict.fromkeys(modules, "q"),
+        fused_experts=frozenset(modules),
+        together=dict.fromkeys(modules, "experts.all"),
+    )
+    assert values(found) == {"experts.all_input_scale": 2.0, "experts.all_weight_scale": 1.0}
+
+
+def test_linears_that_the_class_merges_share_an_fp8_scale() -> None:
+    plan = QuantizerPlan(
+        recipe=Recipe("test", [], "max", {}),
+        weights=dict.fromkeys(("gate", "up", "down"), FP8),
+        merged={"gate": "gate_up", "up": "gate_up"},
+    )
+    amax = {"gate": torch.tensor(448.0), "up": torch.tensor(896.0), "down": torch.tensor(448.0)}
+    found = decide(Observed({}, {}, amax), plan, [], [], Policies())
+    assert values(found) == {"gate.weight_scale": 2.0, "up.weight_scale": 2.0, "down.weight_scale": 1.0}

@@ -48,9 +48,15 @@ def test_bits_are_those_of_modelopts_quantizers(amax: float) -> None:
 
 
 def share(formats: dict[str, WeightFormat], amax: dict[str, float], **groups: list) -> dict[str, float]:
-    arguments = {"same_input": [], "engine_fused": [], "fused_experts": frozenset(), "dead": "floor"} | groups
+    arguments = {
+        "same_input": [],
+        "engine_fused": [],
+        "fused_experts": frozenset(),
+        "dead": "floor",
+        "one_scale": {},
+    }
     found = scales.share_weight_amax(
-        {name: scalar(value) for name, value in amax.items()}, formats, **arguments
+        {name: scalar(value) for name, value in amax.items()}, formats, **(arguments | groups)
     )
     return {
         name.removesuffix(".weight_quantizer"): value.item()
@@ -118,3 +124,12 @@ def test_stored_vectors_keep_their_dtype() -> None:
 def test_unusable_vectors_are_never_stored(bad: float) -> None:
     with pytest.raises(ValueError, match="not finite and positive"):
         scales.stored_vector(torch.tensor([1.0, bad]))
+
+
+@pytest.mark.parametrize("weight_format", [NVFP4, FP8])
+def test_experts_in_one_tensor_share_in_every_format(weight_format: WeightFormat) -> None:
+    modules = [f"experts.{expert}.{leaf}" for expert in range(2) for leaf in ("gate", "up", "down")]
+    amax = dict(zip(modules, (1.0, 2.0, 3.0, 4.0, 5.0, 6.0), strict=True))
+    one_scale = {name: "down" if name.endswith("down") else "both" for name in modules}
+    shared = share(dict.fromkeys(modules, weight_format), amax, one_scale=one_scale)
+    assert list(shared.values()) == [5.0, 5.0, 6.0, 5.0, 5.0, 6.0]

@@ -42,8 +42,9 @@ def maker(
         NVFP4: [("weight_scale", "F8_E4M3", (1, columns // 16)), ("weight", "U8", (1, columns // 2))],
     }[weight_format]
     specs = tuple(TensorSpec(f"up.{leaf}", dtype, shape) for leaf, dtype, shape in parts)
+    leaves = {f"up.{leaf}": leaf for leaf in ("weight", "weight_scale", "weight_scale_2")}
     units = (
-        Unit("up.weight", None, specs, StoredMatrix("up.weight"), weight_format),
+        Unit("up.weight", None, specs, {"up": StoredMatrix("up.weight")}, weight_format, leaves),
         Unit("norm.weight", "norm.weight", (TensorSpec("norm.weight", "F32", (1,)),)),
     )
     steps = {FP8: {"up.weight_scale": 448.0}, NVFP4: {"up.weight_scale_2": 2688.0}}.get(weight_format, {})
@@ -133,3 +134,52 @@ def test_what_is_packed_is_what_was_digested(
     assert made(one, name) == expected
     with pytest.raises(IdentityMismatch, match=r"model\.safetensors has changed while it was worked from"):
         one.ingredients.source.require_unchanged()
+
+
+class TestExpertsThatStayTogether:
+    """Two experts of 16 inputs, gate and up in turns, stored as `[experts, in, out]`."""
+
+    def maker(self, folder: Path, weight_format: WeightFormat) -> TensorMaker:
+        # Row by row: gate of 6 and 3, up of 3 and 6; of the second expert half as much.
+        rows = torch.tensor([[6.0], [3.0], [-3.0], [-6.0]]).expand(4, 16)
+        save_file({"both": torch.stack([rows, rows / 2]).mT.contiguous()}, folder / "model.safetensors")
+        source = Source.open(folder)
+        matrices = {
+            f"experts.{expert}.{leaf}": StoredMatrix("both", expert, True, first, 2, 2)
+            for expert in range(2)
+            for first, leaf in enumerate(("gate", "up"))
+        }
+        stored = {"weight": ("U8", (2, 8, 4)), "weight_scale": ("F8_E4M3", (2, 1, 4))}
+        if weight_format is FP8:
+            stored = {"weight": ("F8_E4M3", (2, 16, 4))}
+        names = {"weight": "both", "weight_scale": "both_weight_scale"}
+        specs = tuple(TensorSpec(names[leaf], *held) for leaf, held in stored.items())
+        tensor_scale = {NVFP4: ("both_weight_scale_2", 6.0 / 2688), FP8: ("both_weight_scale", 6.0 / 448)}
+        name, scale = tensor_scale[weight_format]
+        leaves = {names[leaf]: leaf for leaf in stored} | {name: name.removeprefix("both_")}
+        unit = Unit("both", None, specs, matrices, weight_format, leaves)
+        amax = dict.fromkeys(matrices, torch.tensor(6.0))
+        given = Ingredients(
+            source, source.digests(1), amax, {name: torch.tensor(scale)}, Rescaling(torch.bfloat16)
+        )
+        return TensorMaker(given, Shard("model.safetensors", (unit,)))
+
+    def test_nvfp4_is_packed_along_the_inputs(self, tmp_path: Path) -> None:
+        one = self.maker(tmp_path, NVFP4)
+        # Every block has one magnitude: 6 on the grid (code 7) times amax / 6; the sign is the highest bit.
+        row = [0x77, 0x77, 0xFF, 0xFF]
+        assert made(one, "both") == bytes(row * 16)
+        # 448 for 6, half for 3, a quarter for 1.5, in e4m3; one scale of the tensor for both experts.
+        assert made(one, "both_weight_scale") == bytes([0x7E, 0x76, 0x76, 0x7E, 0x76, 0x6E, 0x6E, 0x76])
+        assert one.pending == {}
+
+    def test_fp8_has_one_scale(self, tmp_path: Path) -> None:
+        one = self.maker(tmp_path, FP8)
+        assert made(one, "both") == bytes([0x7E, 0x76, 0xF6, 0xFE] * 16 + [0x76, 0x6E, 0xEE, 0xF6] * 16)
+
+    def test_another_expert_than_was_digested_is_refused(self, tmp_path: Path) -> None:
+        one = self.maker(tmp_path, FP8)
+        file = tmp_path / "model.safetensors"
+        overwrite(file, file.stat().st_size - 2, b"\x00\x00")
+        with pytest.raises(IdentityMismatch, match="has changed while it was worked from"):
+            made(one, "both")

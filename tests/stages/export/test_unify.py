@@ -2,6 +2,7 @@
 
 import math
 import re
+from typing import ClassVar
 
 import pytest
 import torch
@@ -263,3 +264,28 @@ class TestExperts:
         assert [(use.policy, use.quantizers) for use in found.uses] == [
             ("dead=floor", ("experts.0.gate", "experts.0.up"))
         ]
+
+
+class TestExpertsInOneTensor:
+    observed: ClassVar = {"experts.0.up": scalar(1.0), "experts.1.up": NEVER}
+    family = ExpertFamily("experts.E.up", tuple(observed), fused=True, together=True)
+
+    def test_they_share_the_largest(self) -> None:
+        found = unify(self.observed, families=[self.family])
+        assert values(found.amax) == {"experts.0.up": 1.0, "experts.1.up": 1.0}
+
+    @pytest.mark.parametrize(
+        ("policies", "option"),
+        [
+            (Policies(expert_input_scale="expert"), "--expert-input-scale expert"),
+            (Policies(unseen="weights-only"), "--unseen weights-only"),
+        ],
+    )
+    def test_scales_that_differ_are_refused(self, policies: Policies, option: str) -> None:
+        with pytest.raises(InputError, match=rf"{option} would give the experts of experts\.E\.up"):
+            unify(self.observed, families=[self.family], policies=policies)
+
+    def test_none_may_have_any(self) -> None:
+        policies = Policies(unseen="weights-only")
+        found = unify(dict.fromkeys(self.observed, NEVER), families=[self.family], policies=policies)
+        assert values(found.amax) == dict.fromkeys(self.observed)

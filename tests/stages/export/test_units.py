@@ -1,6 +1,6 @@
 """The plan on literal tensors: what becomes of each, in which shard, and what is refused."""
 
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 
@@ -188,3 +188,48 @@ class TestRefused:
     def test_statistics_of_another_width(self) -> None:
         with pytest.raises(InputError, match="q: the run observed 16 input channels, its weight has 32"):
             check_widths({"q": 16}, {"q": StoredMatrix("q.weight")}, source(q__weight=("BF16", (8, 32))))
+
+
+class TestExpertsThatStayTogether:
+    tensors: ClassVar = {
+        name: TensorEntry(name, "BF16", shape, "model.safetensors", 0, 0)
+        for name, shape in {"experts.both": (2, 32, 8), "experts.both_bias": (2, 8)}.items()
+    }
+    matrices: ClassVar = {
+        f"experts.{expert}.{leaf}": StoredMatrix("experts.both", expert, True, first, 2, 4)
+        for expert in range(2)
+        for first, leaf in enumerate(("gate", "up"))
+    }
+
+    def units(self, weight: WeightFormat, **options: Any) -> list[Unit]:
+        plan = quantizers(
+            weights=dict.fromkeys(self.matrices, weight),
+            inputs=dict.fromkeys(self.matrices, "experts.both_input_quantizer"),
+            together=dict.fromkeys(self.matrices, "experts.both"),
+        )
+        return plan_units(self.tensors, plan, self.matrices, **options)
+
+    def test_nvfp4_keeps_the_axes_of_the_tensor(self) -> None:
+        both, bias = self.units(NVFP4)
+        assert both.outputs == (
+            TensorSpec("experts.both", "U8", (2, 16, 8)),
+            TensorSpec("experts.both_weight_scale", "F8_E4M3", (2, 2, 8)),
+            TensorSpec("experts.both_weight_scale_2", "F32", ()),
+            TensorSpec("experts.both_input_scale", "F32", ()),
+        )
+        assert both.matrices == self.matrices and both.leaves["experts.both"] == "weight"
+        assert bias == Unit(
+            "experts.both_bias", "experts.both_bias", (TensorSpec("experts.both_bias", "BF16", (2, 8)),)
+        )
+
+    def test_fp8_has_scales_of_one_number(self) -> None:
+        assert self.units(FP8)[0].outputs == (
+            TensorSpec("experts.both", "F8_E4M3", (2, 32, 8)),
+            TensorSpec("experts.both_weight_scale", "F32", ()),
+            TensorSpec("experts.both_input_scale", "F32", ()),
+        )
+
+    def test_the_input_scale_is_left_out_for_all_experts_or_none(self) -> None:
+        some, every = ([*self.matrices][:2], self.matrices)
+        assert "experts.both_input_scale" in self.units(FP8, weights_only=some)[0].leaves
+        assert "experts.both_input_scale" not in self.units(FP8, weights_only=every)[0].leaves

@@ -172,6 +172,16 @@ def test_a_gpu_gives_the_same_bytes(format: WeightFormat) -> None:
         assert packed.view(torch.uint8).equal(there.view(torch.uint8).cpu())
 
 
+@pytest.mark.parametrize("format", [NVFP4, FP8], ids=["nvfp4", "fp8"])
+@each_dtype
+def test_experts_in_one_tensor(format: WeightFormat, dtype: torch.dtype) -> None:
+    weight = torch.randn(3, 32, 64, generator=torch.Generator().manual_seed(0)).to(dtype)
+    scale = format.tensor_scale(weight.abs().amax().float() / 2)
+    blocks = NVFP4.block_scale(weight.flatten(0, 1), scale).view(3, 32, 4) if format is NVFP4 else None
+    ours = format.pack(weight, scale, blocks)
+    assert ours.view(torch.uint8).equal(by_modelopt(format, weight, scale, blocks).view(torch.uint8))
+
+
 def test_a_weight_that_is_not_contiguous() -> None:
     weight = torch.randn(256, 64, generator=torch.Generator().manual_seed(0)).T
     for format in (NVFP4, FP8, INT4_AWQ, INT8_SQ):

@@ -1,6 +1,5 @@
 """Where each expert's projections lie: literal tensors, in every layout that hubs hold."""
 
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -8,6 +7,7 @@ import torch
 from safetensors.torch import save_file
 
 from stages.model.fused_experts import expert_matrices, fused_hub_name
+from stages.model.modules import Arrangement
 from state.errors import InputError
 from state.source import Source
 
@@ -17,12 +17,8 @@ HALVES = torch.tensor([[*GATE, *UP]])
 IN_TURNS = torch.tensor([[GATE[0], UP[0], GATE[1], UP[1]]])
 
 
-@dataclass(frozen=True)
-class Experts:
-    """What transformers says of an experts module."""
-
-    is_transposed: bool = False
-    is_concatenated: bool = True
+def experts(transposed: bool = False, interleaved: bool = False) -> Arrangement:
+    return Arrangement(gated=True, transposed=transposed, interleaved=interleaved, biased=False)
 
 
 def source(folder: Path, **tensors: torch.Tensor) -> Source:
@@ -33,18 +29,22 @@ def source(folder: Path, **tensors: torch.Tensor) -> Source:
 @pytest.mark.parametrize(
     ("stored", "module", "shape", "operations"),
     [
-        (HALVES, Experts(), (1, 4, 3), ()),
-        (HALVES.mT, Experts(), (1, 4, 3), ()),
-        (HALVES.mT, Experts(is_transposed=True), (1, 3, 4), ()),
-        (HALVES, Experts(is_transposed=True), (1, 3, 4), ()),
-        (IN_TURNS, Experts(is_concatenated=False), (1, 4, 3), ()),
-        (IN_TURNS.mT, Experts(is_transposed=True, is_concatenated=False), (1, 3, 4), ()),
-        (HALVES.mT, Experts(), (1, 4, 3), ("Transpose",)),
+        (HALVES, experts(), (1, 4, 3), ()),
+        (HALVES.mT, experts(), (1, 4, 3), ()),
+        (HALVES.mT, experts(transposed=True), (1, 3, 4), ()),
+        (HALVES, experts(transposed=True), (1, 3, 4), ()),
+        (IN_TURNS, experts(interleaved=True), (1, 4, 3), ()),
+        (IN_TURNS.mT, experts(transposed=True, interleaved=True), (1, 3, 4), ()),
+        (HALVES.mT, experts(), (1, 4, 3), ("Transpose",)),
     ],
     ids=["halves", "transposed on the hub", "transposed", "on loading", "in turns", "both", "always"],
 )
 def test_gate_and_up_in_one_tensor(
-    tmp_path: Path, stored: torch.Tensor, module: Experts, shape: tuple[int, ...], operations: tuple[str, ...]
+    tmp_path: Path,
+    stored: torch.Tensor,
+    module: Arrangement,
+    shape: tuple[int, ...],
+    operations: tuple[str, ...],
 ) -> None:
     given = source(tmp_path, fused=stored)
     entries = [given.tensors["fused"]]
@@ -58,7 +58,7 @@ def test_gate_and_up_in_one_tensor(
 def test_a_square_tensor_that_loading_always_transposes(tmp_path: Path) -> None:
     given = source(tmp_path, fused=torch.tensor([[[1.0, 2.0], [3.0, 4.0]]]))
     found = expert_matrices(
-        "e", ("down_proj",), Experts(), (1, 2, 2), [given.tensors["fused"]], ("Transpose",)
+        "e", ("down_proj",), experts(), (1, 2, 2), [given.tensors["fused"]], ("Transpose",)
     )
     assert found["e.0.down_proj"].read(given).tolist() == [[1.0, 3.0], [2.0, 4.0]]
 
@@ -66,7 +66,7 @@ def test_a_square_tensor_that_loading_always_transposes(tmp_path: Path) -> None:
 def test_gate_and_up_in_tensors_of_their_own(tmp_path: Path) -> None:
     given = source(tmp_path, gate=torch.tensor([GATE, UP]), up=torch.tensor([UP, GATE]))
     entries = [given.tensors["gate"], given.tensors["up"]]
-    found = expert_matrices("e", ("gate_proj", "up_proj"), Experts(), (2, 4, 3), entries, {"Concatenate"})
+    found = expert_matrices("e", ("gate_proj", "up_proj"), experts(), (2, 4, 3), entries, {"Concatenate"})
     assert found["e.1.gate_proj"].read(given).tolist() == UP
     assert found["e.1.up_proj"].read(given).tolist() == GATE
 
@@ -77,7 +77,7 @@ def test_what_loading_rearranges_is_refused(tmp_path: Path) -> None:
         expert_matrices(
             "e",
             ("gate_proj", "up_proj"),
-            Experts(),
+            experts(),
             (1, 4, 3),
             [given.tensors["fused"]],
             {"Interleave", "Chunk"},
@@ -86,13 +86,13 @@ def test_what_loading_rearranges_is_refused(tmp_path: Path) -> None:
 
 def test_experts_without_tensors_are_refused() -> None:
     with pytest.raises(InputError, match="the checkpoint has no tensor that feeds e"):
-        expert_matrices("e", ("down_proj",), Experts(), (1, 2, 2), [], ())
+        expert_matrices("e", ("down_proj",), experts(), (1, 2, 2), [], ())
 
 
 def test_another_shape_is_refused(tmp_path: Path) -> None:
     given = source(tmp_path, fused=HALVES)
     with pytest.raises(InputError, match=r"fused has shape \[1, 4, 3\]; for a parameter of \[1, 8, 3\]"):
-        expert_matrices("e", ("gate_proj", "up_proj"), Experts(), (1, 8, 3), [given.tensors["fused"]], ())
+        expert_matrices("e", ("gate_proj", "up_proj"), experts(), (1, 8, 3), [given.tensors["fused"]], ())
 
 
 @pytest.mark.parametrize(

@@ -78,3 +78,9 @@ def test_many_at_once_equal_single_reads(tmp_path: Path) -> None:
         stacked = read_stacked(given, matrices)
         assert stacked.equal(torch.stack([matrix.read(given) for matrix in matrices]))
         assert stacked.dtype == matrices[0].read(given).dtype
+
+
+def test_the_place_of_a_matrix_in_a_tensor_of_experts() -> None:
+    whole = torch.zeros(2, 2, 4)
+    StoredMatrix("experts", expert=1, transposed=True, first=1, stride=2, count=2).place(whole).fill_(1.0)
+    assert whole.tolist() == [[[0.0] * 4] * 2, [[0.0, 1.0, 0.0, 1.0]] * 2]

@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,10 @@ import pytest
 from stages.recipe.kept_plans import FOLDER, keep_plan, kept_plan
 from stages.recipe.model_plan import ModelPlan, make_plan
 from state.source import Source
+from tests.families.fused import gpt_oss
+from tests.families.layout import Family
+from tests.families.newest import minimax_m3
+from tests.families.write import write_family
 from tests.stages.export import support
 
 RECIPES = ["nvfp4", "general/ptq/nvfp4_default-kv_fp8", "nvfp4_awq_full", "int8_smoothquant"]
@@ -30,6 +35,17 @@ def test_a_kept_plan_equals_a_new_one(recipe: str, model: Path, tmp_path: Path) 
     assert kept is not None
     assert repr(facts(kept)) == repr(facts(made))  # in the same order too: reports follow it
     assert kept.quantizers.recipe.digest == made.quantizers.recipe.digest
+
+
+@pytest.mark.parametrize("family", [gpt_oss, minimax_m3])
+def test_tensors_that_modules_share_are_kept(family: Callable[[], Family], tmp_path: Path) -> None:
+    write_family(family(), tmp_path / "model")
+    source = Source.open(tmp_path / "model")
+    made = make_plan(source.folder, source, "fp8")
+    keep_plan(tmp_path, source.folder, source, "fp8", made)
+    kept = kept_plan(tmp_path, source.folder, source, "fp8")
+    assert kept is not None and repr(facts(kept)) == repr(facts(made))
+    assert bool(kept.quantizers.together) != bool(kept.quantizers.merged)
 
 
 def facts(plan: ModelPlan) -> dict[str, object]:

@@ -6,10 +6,13 @@ import pytest
 
 from stages.formats import INT4_AWQ, INT8_SQ, NVFP4, W4A8_AWQ, WeightFormat
 from stages.model.skeleton import Skeleton, load_config
+from stages.recipe.hub_config import in_hub_names
 from stages.recipe.quantizers import plan_quantizers
 from stages.recipe.recipes import resolve
 from state.errors import InputError
 from state.source import Source
+from tests.families.newest import minimax_m3
+from tests.families.write import write_family
 from tests.stages.calibrate import families
 from tests.stages.export import support
 
@@ -120,10 +123,64 @@ def test_experts_that_the_hub_stores_fused_are_named_one_by_one(tmp_path: Path) 
     assert (up.first, up.stride, up.count) == (experts.intermediate, 1, experts.intermediate)
 
 
-def test_fused_experts_with_biases_are_refused(tmp_path: Path) -> None:
+def test_experts_that_modelopt_keeps_in_one_tensor(tmp_path: Path) -> None:
     folder = families.save_tiny("gpt_oss", tmp_path / "model")
     skeleton = Skeleton(load_config(folder), Source.open(folder).tensors)
-    with pytest.raises(
-        InputError, match=r"model\.layers\.0\..*experts, whose experts have biases and are stored fused"
-    ):
-        plan_quantizers(skeleton, resolve("fp8"))
+    plan = plan_quantizers(skeleton, resolve("fp8"))
+    experts = "model.layers.0.mlp.experts"
+    assert plan.together[f"{experts}.5.up_proj"] == f"{experts}.gate_up_proj"
+    assert plan.inputs[f"{experts}.5.down_proj"] == f"{experts}.down_proj_input_quantizer"
+    assert plan.together.keys() == plan.fused_experts and len(plan.together) == 4 * 6 * 3
+    assert plan.output(f"{experts}.5.up_proj", "weight") == f"{experts}.gate_up_proj"
+    assert plan.output(f"{experts}.5.up_proj", "input_scale") == f"{experts}.gate_up_proj_input_scale"
+    assert (
+        plan.output("model.layers.0.self_attn.q_proj", "weight") == "model.layers.0.self_attn.q_proj.weight"
+    )
+
+
+def test_llama_4_is_served_outside_the_registry(tmp_path: Path) -> None:
+    folder = families.save_tiny("llama4", tmp_path / "model")
+    skeleton = Skeleton(load_config(folder), Source.open(folder).tensors)
+    plan = plan_quantizers(skeleton, resolve("nvfp4"))
+    (experts, *_) = skeleton.experts
+    assert plan.together[f"{experts.hub}.2.gate_proj"] == f"{experts.hub}.gate_up_proj"
+    up = skeleton.matrix(f"{experts.hub}.1.up_proj")
+    assert (up.expert, up.transposed, up.first, up.stride) == (1, True, experts.intermediate, 1)
+
+
+def test_formats_without_a_layout_for_such_experts_are_refused(tmp_path: Path) -> None:
+    folder = families.save_tiny("gpt_oss", tmp_path / "model")
+    skeleton = Skeleton(load_config(folder), Source.open(folder).tensors)
+    with pytest.raises(InputError, match=r"experts to int8_sq, and modelopt keeps .* in nvfp4, fp8 alone"):
+        plan_quantizers(skeleton, resolve("int8_smoothquant"))
+
+
+def test_linears_that_the_class_merges_are_named_as_on_the_hub(tmp_path: Path) -> None:
+    write_family(minimax_m3(), tmp_path)
+    skeleton = Skeleton(load_config(tmp_path), Source.open(tmp_path).tensors)
+    gate, up = (f"language_model.model.layers.0.mlp.{leaf}_proj" for leaf in ("gate", "up"))
+    memory = "model.language_model.layers.0.mlp.gate_up_proj"
+    plan = plan_quantizers(skeleton, resolve("fp8"))
+    assert plan.merged[gate] == plan.merged[up] == memory
+    assert plan.inputs[gate] == plan.inputs[up] == f"{memory}.input_quantizer"
+    # Layer 0, and the shared experts of layer 1.
+    assert len(plan.merged) == 4 and not plan.merged.keys() & plan.left_out.keys()
+    attention = plan_quantizers(skeleton, resolve("general/ptq/nvfp4_omlp_only-kv_fp8"))
+    assert attention.merged.keys() == plan.merged.keys()
+
+
+def test_an_excluded_linear_of_the_class_stands_for_those_of_the_hub(tmp_path: Path) -> None:
+    write_family(minimax_m3(), tmp_path)
+    skeleton = Skeleton(load_config(tmp_path), Source.open(tmp_path).tensors)
+    mlp = "model.language_model.layers.0.mlp"
+    config = {
+        "quantization": {
+            "exclude_modules": [f"{mlp}.gate_up_proj"],
+            "quantized_layers": {f"{mlp}.gate_up_proj": 1},
+        }
+    }
+    hubs = [f"language_model.model.layers.0.mlp.{leaf}_proj" for leaf in ("gate", "up")]
+    assert in_hub_names(config, skeleton)["quantization"] == {
+        "exclude_modules": hubs,
+        "quantized_layers": dict.fromkeys(hubs, 1),
+    }
