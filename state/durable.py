@@ -68,6 +68,25 @@ class Disk:
             _make_folder(path.parent)
             self._write(path, data, os.O_EXCL)
 
+    def put_parts(self, path: Path, nbytes: int, parts: Iterable[tuple[int, Bytes]]) -> None:
+        """As `put`, of a file of `nbytes` that comes in parts, each with the place where it begins. Where a
+        part can't be had, or written, the beginning of a file stays.
+        """
+        with self._writing(path, nbytes):
+            self.before("put", path)
+            _make_folder(path.parent)
+            descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW | os.O_EXCL, 0o666)
+        try:
+            for start, data in parts:
+                with self._writing(path, nbytes):
+                    self.before("write", path)
+                    _write_at(descriptor, start, data)
+            with self._writing(path, nbytes):
+                self.before("fsync", path)
+                os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
     def publish(self, path: Path, data: Bytes) -> None:
         """Replace a file in one step: readers and crashes see old bytes or new ones. Durable on return."""
         temporary = path.with_name(path.name + ".tmp")
@@ -154,7 +173,7 @@ class Disk:
             InputError: it may not be read.
         """
         try:
-            return _patiently(path, lambda: sorted(self.names(path)))
+            return patiently(path, lambda: sorted(self.names(path)))
         except (FileNotFoundError, NotADirectoryError):
             return []
 
@@ -166,7 +185,7 @@ class Disk:
             Unreadable: the device can't give it now, after several attempts.
             InputError: it may not be read.
         """
-        return _patiently(path, lambda: self.bytes(path))
+        return patiently(path, lambda: self.bytes(path))
 
     def names(self, path: Path) -> Iterable[str]:
         """One attempt of `list`. Tests override it to fail."""
@@ -216,9 +235,7 @@ class Disk:
         # Never through a link: it may lead to a file of somebody else.
         descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW | flag, 0o666)
         try:
-            view = memoryview(data).cast("B")
-            while view:
-                view = view[os.write(descriptor, view) :]
+            _write_at(descriptor, 0, data)
             self.before("fsync", path)
             os.fsync(descriptor)
         finally:
@@ -249,7 +266,11 @@ class Disk:
             raise
 
 
-def _patiently(path: Path, attempt: Callable[[], Got]) -> Got:
+def patiently(path: Path, attempt: Callable[[], Got]) -> Got:
+    """What an attempt at reading gives, made again after each of PAUSES where the device can't give it.
+
+    Raises Unreadable and InputError as `Disk.read` does, and at once what says that no such file is there.
+    """
     for pause in (*PAUSES, None):
         try:
             return attempt()
@@ -262,6 +283,13 @@ def _patiently(path: Path, attempt: Callable[[], Got]) -> Got:
                 raise Unreadable(path, error.errno or 0, os.strerror(error.errno or 0)) from error
             time.sleep(pause)
     raise AssertionError("unreachable")
+
+
+def _write_at(descriptor: int, start: int, data: Bytes) -> None:
+    view = memoryview(data).cast("B")
+    while view:
+        done = os.pwrite(descriptor, view, start)
+        view, start = view[done:], start + done
 
 
 def _make_folder(path: Path) -> None:

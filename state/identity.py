@@ -41,7 +41,26 @@ def digest_json(value: Any) -> str:
 
 def tensor_digest(dtype: str, shape: Sequence[int], data: Bytes) -> str:
     """`BF16[4096,256] xxh3:...`: safetensors' name of the dtype, the shape and the digest of the bytes."""
-    return f"{dtype}[{','.join(map(str, shape))}] {digest(data)}"
+    return described(dtype, shape, digest(data))
+
+
+def described(dtype: str, shape: Sequence[int], digested: str) -> str:
+    """As `tensor_digest`, of bytes that were digested already."""
+    return f"{dtype}[{','.join(map(str, shape))}] {digested}"
+
+
+class Digesting:
+    """`digest` of bytes that come in parts."""
+
+    def __init__(self) -> None:
+        self._parts = xxhash.xxh3_128()
+
+    def update(self, data: Bytes) -> None:
+        """Add the bytes that follow."""
+        self._parts.update(data)
+
+    def __str__(self) -> str:
+        return f"xxh3:{self._parts.hexdigest()}"
 
 
 def tokens_digest(tokens: NDArray[np.int32]) -> str:

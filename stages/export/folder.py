@@ -14,7 +14,7 @@ paths. Names prove nothing: what no record of ours names, with its size, is not 
 """
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
@@ -39,6 +39,7 @@ from stages.export.records import (
     shown,
     written,
 )
+from stages.export.shards import Assembly, Made
 from stages.export.standing import Wanted, examine, mismatch, read_identity
 from stages.progress import Progress, Silent
 from state.durable import Bytes, Disk
@@ -69,12 +70,25 @@ class ExportFolder:
 
     def write(self, name: str, data: Bytes) -> None:
         """Add one file, durably. On return a rerun will not write it again."""
+        self._remove_work_files()
+        self.disk.put(self.partial / WRITING, data)
+        self._enter(written(name, data))
+
+    def write_shard(self, name: str, shard: Assembly, made: Iterable[Made]) -> None:
+        """Add a shard as `write` does, while its tensors are made."""
+        self._remove_work_files()
+        self.disk.put_parts(self.partial / WRITING, shard.nbytes, shard.parts(made))
+        self._enter(Written(name, shard.nbytes, shard.digest()))
+
+    def _remove_work_files(self) -> None:
         for work_file in WORK_FILES:
             remove_file(self.disk, self.partial / work_file)
-        self.disk.put(self.partial / WRITING, data)
-        journal = self.journal | {name: written(name, data)}
+
+    def _enter(self, entry: Written) -> None:
+        """Journal the file just written and give it its name."""
+        journal = self.journal | {entry.file: entry}
         self.disk.publish(self.partial / JOURNAL, encode_journal(journal))
-        self._settle(name)
+        self._settle(entry.file)
         self.journal = journal
 
     def publish(self) -> None:

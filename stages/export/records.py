@@ -25,7 +25,7 @@ RECORDS = frozenset({IDENTITY, JOURNAL, MARK})
 WORK_FILES = (f"{JOURNAL}.tmp", WRITING)
 """Files that are no record and lie only in a folder with a mark, while a command works in it."""
 
-DIGEST = re.compile(r"xxh3:[0-9a-f]{32}")
+DIGEST = re.compile(r"(xxh3|tensors):[0-9a-f]{32}")
 LONGEST_NAME = 255
 
 T = TypeVar("T")
@@ -33,7 +33,9 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Written:
-    """One finished file; digest is `xxh3:<32 hex digits>` of its bytes."""
+    """One finished file; digest is `xxh3:<32 hex digits>` of its bytes, or a shard's `tensors:...`, made from
+    those of its tensors (`shards.digest_of_shard`).
+    """
 
     file: str
     bytes: int

@@ -39,12 +39,14 @@ class Rescaling:
     written: frozenset[str] = frozenset()
     replaced: Mapping[str, Tensor] = field(default_factory=dict)
 
-    def to_pack(self, module: str, stored: Tensor) -> Tensor:
-        """The weight `[out, in]` of a module as it is packed: float32 where `exact`, else `dtype`."""
+    def to_pack(self, module: str, stored: Tensor, rows: slice = slice(None)) -> Tensor:
+        """The weight `[out, in]` of a module, or some of its rows, as it is packed: float32 where `exact`,
+        else `dtype`.
+        """
         weight = stored.to(self.dtype)
         fold = self.folds.module_fold(module, self.scales)
         if fold is not None:
-            weight = fold.apply(weight)
+            weight = replace(fold, row=None if fold.row is None else fold.row[rows]).apply(weight)
         if module in self.separate:
             weight = (weight * (1.0 / self.separate[module])).to(self.dtype)
         return weight.float() if self.exact else weight

@@ -1,23 +1,36 @@
 """Export: from a run and its source to a quantized checkpoint. Plans everything, then writes."""
 
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
+from itertools import groupby
 from time import monotonic
 
+import torch
+
+from stages.export.flow import in_order
 from stages.export.folder import ExportFolder, open_folder
 from stages.export.plan import ExportPlan, plan_export
+from stages.export.reading import SourceReader
 from stages.export.records import REPORT
 from stages.export.report import ExportReport
-from stages.export.shards import encode
+from stages.export.shards import Assembly, Made
 from stages.export.standing import Wanted
-from stages.export.tensors import TensorMaker
+from stages.export.tensors import TensorMaker, Work, all_work
 from stages.progress import Progress, Silent
 from stages.recipe.quantizer_plan import told_left_out
 from stages.settings import ExportSettings
 from state.durable import Disk
 from state.errors import OutOfSpace
+from state.large_reads import LargeReads
 
 WARNED = frozenset({"conflict=max", "dead=floor", "unseen=weights-only"})
 """Policies whose use may need an answer from the person."""
+
+WORKERS = 4
+"""Threads that pack, at most; each has its share of torch's threads."""
+
+AHEAD = 1 << 26
+"""Bytes of the source that are read ahead, for each thread that packs."""
 
 SLACK = 1 << 20
 """Bytes set aside for headers, journal and report when free space is checked."""
@@ -65,16 +78,43 @@ def _write(folder: ExportFolder, plan: ExportPlan, progress: Progress) -> None:
     progress.start("writing", total=plan.report.nbytes, unit="bytes", done=done)
     if REPORT not in folder.journal:
         folder.write(REPORT, plan.files[REPORT])  # first: it tells people what the unfinished folder becomes
-    for shard in plan.shards:
-        if shard.file in folder.journal:
-            continue
-        maker = TensorMaker(plan.ingredients, shard)
-        folder.write(shard.file, encode(shard.specs, maker.make))
-        progress.advance(shard.nbytes, shards=1)
+    _write_shards(folder, plan, progress)
     for name, data in plan.files.items():
         if name not in folder.journal:
             folder.write(name, data)
     progress.finish()
+
+
+def _write_shards(folder: ExportFolder, plan: ExportPlan, progress: Progress) -> None:
+    """Write what is missing: one thread reads, some pack, this one writes."""
+    missing = {shard.file: shard for shard in plan.shards if shard.file not in folder.journal}
+    given, threads = plan.ingredients, torch.get_num_threads()
+    workers = max(1, min(WORKERS, threads // 2))
+    with LargeReads() as files:
+        asked = all_work(missing.values(), given, SourceReader(given.source, given.digests, files))
+        made = in_order(
+            asked,
+            TensorMaker(given).make,
+            lambda work: work.nbytes,
+            limit=AHEAD * workers,
+            workers=workers,
+            prepare=lambda: torch.set_num_threads(threads // workers),
+        )
+        try:
+            for file, results in groupby(made, key=lambda result: result[0].file):
+                shard = Assembly(missing[file].specs)
+                folder.write_shard(file, shard, _told(results, progress))
+                progress.advance(0, shards=1)
+        finally:
+            made.close()
+            torch.set_num_threads(threads)
+
+
+def _told(results: Iterable[tuple[Work, list[Made]]], progress: Progress) -> Iterator[Made]:
+    for _, parts in results:
+        for part in parts:
+            yield part
+            progress.advance(memoryview(part.data).nbytes)
 
 
 def _tell_policies(report: ExportReport, progress: Progress) -> None:

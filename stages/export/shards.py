@@ -7,10 +7,13 @@ multiple of its element size.
 
 import json
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
+from typing import BinaryIO, NamedTuple
 
 from state.durable import Bytes
+from state.identity import Digesting, digest
 
 ITEM_BYTES = {
     "F64": 8,
@@ -25,6 +28,12 @@ ITEM_BYTES = {
     "U16": 2,
 }
 """Bytes per element by safetensors dtype name; those not listed (U8, I8, BOOL, F8_E4M3, F8_E5M2) take one."""
+
+TENSORS = "tensors:"
+"""How a digest begins that was made from those of a file's tensors."""
+
+AT_ONCE = 1 << 22
+"""Bytes that are read at a time to be digested."""
 
 
 @dataclass(frozen=True)
@@ -58,23 +67,83 @@ def header(specs: Sequence[TensorSpec]) -> bytes:
     return len(text).to_bytes(8, "little") + text
 
 
-def encode(specs: Sequence[TensorSpec], read: Callable[[TensorSpec], Bytes]) -> bytearray:
-    """The whole file. `read` is called once per tensor, in file order.
+class Made(NamedTuple):
+    """Bytes of an output tensor: all of them, or those that follow what came before."""
 
-    Raises ValueError when `read` returns another number of bytes than the plan says.
+    name: str
+    data: Bytes
+
+
+class Assembly:
+    """A shard whose tensors come in any order, each from beginning to end: where parts belong, and the digest
+    of the whole.
+
+    nbytes: of the file.
     """
-    ordered = in_file_order(specs)
-    head = header(ordered)
-    shard = bytearray(len(head) + sum(spec.nbytes for spec in ordered))
-    shard[: len(head)] = head
-    position = len(head)
-    for spec in ordered:
-        data = memoryview(read(spec)).cast("B")
-        if len(data) != spec.nbytes:
-            raise ValueError(f"{spec.name}: {len(data)} bytes where {spec.nbytes} were planned")
-        shard[position : position + spec.nbytes] = data
-        position += spec.nbytes
-    return shard
+
+    def __init__(self, specs: Sequence[TensorSpec]) -> None:
+        ordered = in_file_order(specs)
+        self._head = header(ordered)
+        self._digests = {spec.name: Digesting() for spec in ordered}
+        self._next: dict[str, int] = {}
+        self._end: dict[str, int] = {}
+        position = len(self._head)
+        for spec in ordered:
+            self._next[spec.name] = position
+            self._end[spec.name] = position = position + spec.nbytes
+        self.nbytes = position
+
+    def parts(self, made: Iterable[Made]) -> Iterator[tuple[int, Bytes]]:
+        """Where in the file the header belongs, and then all that is made; the digest is taken before.
+
+        Raises ValueError when a tensor has more or fewer bytes than the plan says.
+        """
+        yield 0, self._head
+        for name, data in made:
+            start = self._next[name]
+            self._next[name] += memoryview(data).nbytes
+            if self._next[name] > self._end[name]:
+                raise ValueError(f"{name}: more bytes than were planned")
+            self._digests[name].update(data)
+            yield start, data
+        for name, end in self._end.items():
+            if self._next[name] != end:
+                raise ValueError(f"{name}: {end - self._next[name]} bytes fewer than were planned")
+
+    def digest(self) -> str:
+        """The digest of what was given to `parts`: see `digest_of_shard`."""
+        return _together([digest(self._head), *map(str, self._digests.values())])
+
+
+def digest_of_shard(file: BinaryIO, size: int) -> str:
+    """`tensors:<32 hex digits>`, from the digests of the header and of each tensor in the order of the file,
+    so that it can be had before the file is whole.
+
+    Raises ValueError where the header is none, or does not end where the file does.
+    """
+    length = int.from_bytes(file.read(8), "little")
+    if 8 + length > size:
+        raise ValueError("a header that is longer than the file")
+    file.seek(0)
+    head = file.read(8 + length)
+    described = json.loads(head[8:])
+    ends = sorted(entry["data_offsets"][1] for name, entry in described.items() if name != "__metadata__")
+    if [0, *ends][-1] != size - len(head):
+        raise ValueError("a header of another file")
+    sizes = [end - start for start, end in pairwise([0, *ends])]
+    return _together([digest(head), *(_digest_of(file, nbytes) for nbytes in sizes)])
+
+
+def _together(digests: Sequence[str]) -> str:
+    return digest("\n".join(digests).encode()).replace("xxh3:", TENSORS)
+
+
+def _digest_of(file: BinaryIO, nbytes: int) -> str:
+    found = Digesting()
+    while nbytes and (data := file.read(min(nbytes, AT_ONCE))):
+        found.update(data)
+        nbytes -= len(data)
+    return str(found)
 
 
 def index(shards: Sequence[tuple[str, Sequence[TensorSpec]]]) -> bytes:

@@ -2,6 +2,7 @@
 
 from collections import defaultdict
 from collections.abc import Collection, Iterable
+from threading import Lock
 from typing import Any
 
 import numpy as np
@@ -25,7 +26,7 @@ class Solved:
     """The solutions of one solver, layer by layer.
 
     Arrays are read when they are needed; those of one layer are kept, since the experts of a layer share
-    them. Modules outside the decoder layers have no solution.
+    them. Any thread may ask. Modules outside the decoder layers have no solution.
 
     Raises InputError naming the layers that have no solution, with the command that makes them; DamagedStore
     where they had one.
@@ -41,6 +42,7 @@ class Solved:
         }
         self._layer: int | None = None
         self._arrays: dict[str, NDArray[Any]] = {}
+        self._one_reads = Lock()
 
     def get(self, name: str, field: str) -> Tensor | None:
         """A field of a module or fold site, the own part of an expert; None where the solver set none.
@@ -51,11 +53,12 @@ class Solved:
         array, expert = array_name(name, field)
         if layer not in self._solutions or array not in self._solutions[layer].arrays:
             return None
-        if layer != self._layer:
-            self._layer, self._arrays = layer, {}
-        if array not in self._arrays:
-            self._arrays[array] = self._solutions[layer].arrays[array]
-        values = self._arrays[array]
+        with self._one_reads:
+            if layer != self._layer:
+                self._layer, self._arrays = layer, {}
+            if array not in self._arrays:
+                self._arrays[array] = self._solutions[layer].arrays[array]
+            values = self._arrays[array]
         return torch.from_numpy(np.array(values if expert is None else values[expert]))
 
     def scales(self, sites: Collection[str]) -> dict[str, Tensor]:

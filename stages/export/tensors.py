@@ -1,21 +1,20 @@
-"""Output tensors, one at a time: read from the source, checked against the run's identity, packed."""
+"""Output tensors, piece by piece: what is read of the source for them, and what is made of it."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from stages.export.cast import kept_block_amax
-from stages.export.checked import CheckedSource
+from stages.export.reading import Cut, Piece, SourceReader
 from stages.export.rescale import Rescaling
 from stages.export.scales import stored, stored_vector
-from stages.export.shards import Bytes, TensorSpec
+from stages.export.shards import Made
 from stages.export.solved import Solved
 from stages.export.units import Shard, Unit
-from stages.model.matrices import StoredMatrix
 from stages.model.raw import raw_bytes
-from stages.model.weights import largest_magnitude, read_tensor
+from stages.model.weights import largest_magnitude
 from state.errors import InputError
 from state.source import Source
 
@@ -38,97 +37,151 @@ class Ingredients:
     cast: frozenset[str] = frozenset()
 
 
+@dataclass(frozen=True)
+class Work:
+    """What is made at a time of a shard, for some of its units: what comes of a piece of a source tensor, or,
+    without one, all that is known without the source.
+    """
+
+    file: str
+    units: tuple[Unit, ...]
+    piece: Piece | None = None
+
+    @property
+    def nbytes(self) -> int:
+        return self.piece.nbytes if self.piece is not None else 0
+
+
+def all_work(shards: Iterable[Shard], given: Ingredients, reader: SourceReader) -> Iterator[Work]:
+    """The work of shard after shard, in each tensor by tensor as they lie in the source.
+
+    Raises IdentityMismatch when a source tensor is not the one the run was calibrated with, naming every such
+    tensor, at the latest at the end of its shard.
+    """
+    for shard in shards:
+        yield Work(shard.file, shard.units)
+        readers: dict[str, list[Unit]] = {}
+        for unit in shard.units:
+            for name in _read(unit):
+                readers.setdefault(name, []).append(unit)
+        entries = sorted((given.source.tensors[name] for name in readers), key=lambda e: (e.file, e.start))
+        for entry in entries:
+            by_expert: dict[int | None, list[Unit]] = {}
+            for unit in readers[entry.name]:
+                for expert in dict.fromkeys(matrix.expert for matrix in unit.matrices.values()) or (None,):
+                    by_expert.setdefault(expert, []).append(unit)
+            cut = _cut(entry.name, readers[entry.name], given.rescaling)
+            for piece in reader.pieces(entry.name, cut, [one for one in by_expert if one is not None]):
+                yield Work(shard.file, tuple(by_expert.get(piece.expert, ())), piece)
+
+
+def _read(unit: Unit) -> set[str]:
+    """The source tensor that a unit is made from, if any."""
+    return {matrix.tensor for matrix in unit.matrices.values()} | ({unit.source} if unit.source else set())
+
+
+def _cut(name: str, units: Sequence[Unit], rescaling: Rescaling) -> Cut:
+    matrices = [matrix for unit in units for matrix in unit.matrices.values()]
+    if not matrices:
+        return "whole" if rescaling.changes(name) else "bytes"
+    # Two rows may share a byte; experts that stay together are placed one by one in memory.
+    by_rows = all(len(unit.matrices) == 1 for unit in units) and not any(
+        matrix.transposed or (matrix.stride == 1 and matrix.first % 2) for matrix in matrices
+    )
+    if matrices[0].expert is None:
+        return "rows" if by_rows else "whole"
+    return "experts' rows" if by_rows else "experts"
+
+
 class TensorMaker:
-    """Makes the bytes of a shard's tensors. Holds one packed weight at most."""
+    """Makes the bytes of output tensors, in any thread."""
 
-    def __init__(self, ingredients: Ingredients, shard: Shard) -> None:
+    def __init__(self, ingredients: Ingredients) -> None:
         self.ingredients = ingredients
-        self.unit_of = {spec.name: unit for unit in shard.units for spec in unit.outputs}
-        self.pending: dict[str, Tensor] = {}
-        self.checked = CheckedSource(ingredients.source, ingredients.digests)
 
-    def make(self, spec: TensorSpec) -> Bytes:
-        """The bytes of one output tensor.
+    def make(self, work: Work) -> list[Made]:
+        """What comes of some work, of each output tensor the bytes that follow those made before.
 
-        Raises IdentityMismatch when the source tensor is not the one the run was calibrated with, naming
-        every such tensor, or its file changes meanwhile, and InputError for a weight that is not finite or
-        exceeds the amax the run holds for it.
+        Raises InputError for a weight that is not finite or exceeds the amax the run holds for it.
         """
-        unit, given = self.unit_of[spec.name], self.ingredients
-        if spec.name in given.scales:
-            return stored(given.scales[spec.name])
+        if work.piece is None:
+            return [made for unit in work.units for made in self._given(unit)]
+        return [made for unit in work.units for made in self._of_piece(unit, work.piece)]
+
+    def _given(self, unit: Unit) -> Iterator[Made]:
+        given = self.ingredients
+        for spec in unit.outputs:
+            if spec.name in given.scales:
+                yield Made(spec.name, stored(given.scales[spec.name]))
+            elif unit.leaves.get(spec.name) == "pre_quant_scale":
+                (module,) = unit.matrices
+                yield Made(spec.name, stored_vector(given.rescaling.pre_quant_scale(module)))
+
+    def _of_piece(self, unit: Unit, piece: Piece) -> Iterator[Made]:
+        rescaling = self.ingredients.rescaling
         if unit.source is not None:
-            return self._unquantized(unit.source)
-        leaf = unit.leaves[spec.name]  # KV scales are among the scales
-        if leaf == "pre_quant_scale":
-            (module,) = unit.matrices
-            return stored_vector(given.rescaling.pre_quant_scale(module))
-        if spec.name not in self.pending:
-            self.pending = self._quantized(unit, leaf)
-        return raw_bytes(self.pending.pop(spec.name))
-
-    def _unquantized(self, name: str) -> Bytes:
-        source, rescaling = self.ingredients.source, self.ingredients.rescaling
-        if rescaling.changes(name):
-            data = raw_bytes(rescaling.to_store(name, read_tensor(source, name)))
-        else:
-            data = memoryview(bytes(source.read(name)))
-        self.checked.require_same(source.made_from(name))
-        return data
-
-    def _quantized(self, unit: Unit, leaf: str) -> dict[str, Tensor]:
-        """The weight or the block scales of a unit, by output; the scales beside the weight where they come
-        after it in a shard, in which wide dtypes come first.
-        """
-        names = {which: name for name, which in unit.leaves.items()}
-        if len(unit.matrices) == 1:
-            (module,) = unit.matrices
-            return {names[which]: values for which, values in self._packed(unit, module, leaf).items()}
-        shapes = {spec.name: spec.shape for spec in unit.outputs}
+            changed = rescaling.changes(unit.source)
+            values = rescaling.to_store(unit.source, piece.data) if changed else piece.data
+            yield Made(unit.source, raw_bytes(values))
+            return
         made: dict[str, Tensor] = {}
-        tensors = sorted({matrix.tensor for matrix in unit.matrices.values()})
-        made_from = [name for tensor in tensors for name in self.ingredients.source.made_from(tensor)]
-        self.checked.require_same(made_from)
-        for module, matrix in unit.matrices.items():
-            for which, values in self._packed(unit, module, leaf).items():
-                name = names[which]
-                whole = made.setdefault(name, torch.empty(shapes[name], dtype=values.dtype))
-                matrix.place(whole).copy_(values)
-        self.checked.require_same(made_from)
-        return made
+        modules = [module for module, matrix in unit.matrices.items() if matrix.expert == piece.expert]
+        if len(unit.matrices) == 1:
+            made = self._packed(unit, modules[0], piece)
+        else:
+            shapes = {unit.leaves[spec.name]: spec.shape[1:] for spec in unit.outputs if spec.shape}
+            for module in modules:
+                for leaf, values in self._packed(unit, module, piece).items():
+                    whole = made.setdefault(leaf, torch.empty(shapes[leaf], dtype=values.dtype))
+                    unit.matrices[module].part(whole).copy_(values)
+        names = {leaf: name for name, leaf in unit.leaves.items()}
+        for leaf, values in made.items():
+            yield Made(names[leaf], raw_bytes(values))
 
-    def _packed(self, unit: Unit, module: str, leaf: str) -> dict[str, Tensor]:
-        """What a module adds to the outputs of its unit, by leaf."""
+    def _packed(self, unit: Unit, module: str, piece: Piece) -> dict[str, Tensor]:
+        """What a module's rows in a piece add to the outputs of its unit, by leaf."""
         given, matrix, weight_format = self.ingredients, unit.matrices[module], unit.format
         assert weight_format is not None
-        rounded = given.solved.rounded(module, leaf) if given.solved is not None else None
-        if rounded is not None:
-            self._require_same(unit, matrix)
-            return {leaf: rounded}
-        weight = self._weight(unit, module)
+        if matrix.transposed:
+            weight, rows = matrix.part(piece.data), slice(None)
+        else:
+            inside, rows = matrix.rows_between(piece.first, piece.first + len(piece.data), piece.total)
+            weight = piece.data[inside]
+        if not len(weight):
+            return {}
+        rounded = self._rounded(unit, module)
+        if rounded:
+            return {} if rows.start else rounded
+        weight = self._weight(module, weight, rows)
         block_amax = given.solved.block_amax(module) if given.solved is not None else None
         if module in given.cast:
             block_amax = kept_block_amax(given.source, matrix, weight_format)
-        scaled = (name for name, which in unit.leaves.items() if which == weight_format.tensor_leaf)
+        if block_amax is not None:
+            block_amax = block_amax[rows]
+        scaled = (name for name, leaf in unit.leaves.items() if leaf == weight_format.tensor_leaf)
         tensor_scale = given.scales.get(next(scaled, ""))
         scale = weight_format.block_scale(weight, tensor_scale, block_amax)
-        made = {} if scale is None else {"weight_scale": scale}
-        if leaf == "weight":
-            if len(unit.matrices) > 1:  # as an expert in a tensor of experts
-                blocks = None if scale is None else scale[None]
-                packed = weight_format.pack(weight[None], tensor_scale, blocks)[0]
-            else:
-                packed = weight_format.pack(weight, tensor_scale, scale)
-            later = scale is not None and scale.element_size() == packed.element_size()
-            made = {"weight": packed} | (made if later else {})
-        return made
+        if len(unit.matrices) > 1:  # as an expert in a tensor of experts
+            blocks = None if scale is None else scale[None]
+            packed = weight_format.pack(weight[None], tensor_scale, blocks)[0]
+        else:
+            packed = weight_format.pack(weight, tensor_scale, scale)
+        return {"weight": packed} if scale is None else {"weight": packed, "weight_scale": scale}
 
-    def _weight(self, unit: Unit, module: str) -> Tensor:
-        """The weight as it is to be packed."""
-        name, given, matrix = f"{module}.weight", self.ingredients, unit.matrices[module]
-        stored_weight = matrix.read(given.source)
-        self._require_same(unit, matrix)
-        weight = stored_weight.to(given.rescaling.dtype)
+    def _rounded(self, unit: Unit, module: str) -> dict[str, Tensor]:
+        """What a solver has rounded of a module, by leaf."""
+        given, found = self.ingredients, {}
+        for name, leaf in unit.leaves.items():
+            if given.solved is not None and leaf in ("weight", "weight_scale") and name not in given.scales:
+                values = given.solved.rounded(module, leaf)
+                if values is not None:
+                    found[leaf] = values
+        return found
+
+    def _weight(self, module: str, stored_weight: Tensor, rows: slice) -> Tensor:
+        """Some rows of a weight as they are to be packed."""
+        name, given = f"{module}.weight", self.ingredients
+        weight = stored_weight.contiguous().to(given.rescaling.dtype)
         largest = largest_magnitude(weight.reshape(-1))
         recorded = given.weight_amax[module]
         if not bool(largest.isfinite()):
@@ -138,11 +191,4 @@ class TensorMaker:
                 f"{name} reaches {largest.item():g} but the run's weight amax is {recorded.item():g}; "
                 "the run was captured from other weights: give those as --model"
             )
-        return given.rescaling.to_pack(module, weight)
-
-    def _require_same(self, unit: Unit, matrix: StoredMatrix) -> None:
-        """Compare what a matrix is made from; experts that stay together are compared as a whole, before the
-        first and behind the last.
-        """
-        if len(unit.matrices) == 1:
-            self.checked.require_same(self.ingredients.source.made_from(matrix.tensor), matrix.expert)
+        return given.rescaling.to_pack(module, weight, rows)

@@ -47,16 +47,28 @@ class StoredMatrix:
         return self._view(source).clone(memory_format=torch.contiguous_format)
 
     def _view(self, source: Source) -> Tensor:
-        return self._part(map_tensor(source, self.tensor, self.expert))
+        return self.part(map_tensor(source, self.tensor, self.expert))
 
-    def _part(self, stored: Tensor) -> Tensor:
+    def part(self, stored: Tensor) -> Tensor:
+        """The view of this matrix, `[out, in]`, in its tensor, or in what that holds of its expert."""
         return (stored.mT if self.transposed else stored)[self.rows]
+
+    def rows_between(self, first: int, last: int, total: int) -> tuple[slice, slice]:
+        """Which of the tensor's rows `first .. last` this matrix has, counted from `first`, and which of its
+        own they are. total: rows that the tensor holds for this expert.
+        """
+        own = range(total)[self.rows]
+        inside = range(first + (own.start - first) % own.step, last, own.step)
+        start, stop = max(own.start, inside.start), min(own.stop, last)
+        count = len(range(start, stop, own.step))
+        begins = (start - own.start) // own.step
+        return slice(start - first, start - first + count * own.step, own.step), slice(begins, begins + count)
 
     def place(self, whole: Tensor) -> Tensor:
         """The view of this matrix, `[out, ...]`, in a tensor with the axes of the stored one; `in` may be
         shorter there.
         """
-        return self._part(whole if self.expert is None else whole[self.expert])
+        return self.part(whole if self.expert is None else whole[self.expert])
 
     @property
     def rows(self) -> slice:

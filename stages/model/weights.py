@@ -5,7 +5,7 @@ import torch
 
 from stages.model.raw import raw_bytes
 from state.errors import InputError
-from state.source import Source
+from state.source import Source, TensorEntry
 
 TORCH_DTYPES = {
     "BF16": torch.bfloat16,
@@ -47,11 +47,19 @@ def map_tensor(source: Source, name: str, index: int | None = None) -> torch.Ten
     Raises InputError for a dtype that torch does not have.
     """
     entry = source.tensors[name]
-    dtype = TORCH_DTYPES.get(entry.dtype) or OTHER_DTYPES.get(entry.dtype)
-    if dtype is None:
-        raise InputError(f"{name} is {entry.dtype}, which can't be read; give an unquantized model as MODEL")
+    dtype = dtype_of(entry)
     raw = np.frombuffer(source.private(name, index), dtype=np.uint8)
     return torch.from_numpy(raw).view(dtype).reshape(entry.shape if index is None else entry.shape[1:])
+
+
+def dtype_of(entry: TensorEntry) -> torch.dtype:
+    """torch's dtype of a tensor. Raises InputError for one that torch does not have."""
+    dtype = TORCH_DTYPES.get(entry.dtype) or OTHER_DTYPES.get(entry.dtype)
+    if dtype is None:
+        raise InputError(
+            f"{entry.name} is {entry.dtype}, which can't be read; give an unquantized model as MODEL"
+        )
+    return dtype
 
 
 def largest_magnitude(values: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:

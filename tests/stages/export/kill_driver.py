@@ -16,7 +16,7 @@ from pathlib import Path
 from stages.export.folder import open_folder
 from stages.export.records import IDENTITY as RECORD
 from stages.export.records import JOURNAL, MARK, WRITING
-from stages.export.shards import TensorSpec, encode
+from stages.export.shards import Assembly, Made, TensorSpec
 from stages.export.standing import Wanted
 from state.durable import Disk
 
@@ -71,7 +71,8 @@ def make(
         for number, shard in enumerate(SHARDS[:shards]):
             if shard not in folder.journal:
                 seed = f"{identity['recipe']}{number}".encode()
-                folder.write(shard, encode(SPECS, lambda spec, seed=seed: (seed * 50)[: spec.nbytes]))
+                made = [Made(spec.name, (seed * 50)[: spec.nbytes]) for spec in SPECS]
+                folder.write_shard(shard, Assembly(SPECS), made)
         if shards < len(SHARDS):
             return
         for name in SMALL:

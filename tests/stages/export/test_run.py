@@ -62,6 +62,16 @@ class TestOneRunManyFormats:
         assert index["metadata"]["total_size"] == report.nbytes
         assert support.tensors(tmp_path / "many") == support.tensors(tmp_path / "one")
 
+    @pytest.mark.parametrize("recipe", ["nvfp4", "fp8", "int8_smoothquant"])
+    def test_bytes_do_not_depend_on_the_size_of_pieces(
+        self, made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, recipe: str
+    ) -> None:
+        run_export(made, tmp_path / "one", recipe=recipe)
+        monkeypatch.setattr("stages.export.reading.AT_ONCE", 600)
+        monkeypatch.setattr("stages.export.run.AHEAD", 1000)
+        run_export(made, tmp_path / "pieces", recipe=recipe, shard_size=50_000)
+        assert support.tensors(tmp_path / "one") == support.tensors(tmp_path / "pieces")
+
     def test_bytes_depend_on_neither_paths_nor_shards_of_the_source(self, made: Path, tmp_path: Path) -> None:
         run_export(made, tmp_path / "one")
         moved = tmp_path / "elsewhere"
