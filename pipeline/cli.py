@@ -79,6 +79,8 @@ def export(settings: ExportSettings) -> None:
     `holdfast export runs/qwen3 exports/qwen3-fp8 --recipe fp8`
 
     `holdfast export runs/qwen3 exports/strict --unseen error --dead error --conflict error`
+
+    `holdfast export runs/qwen3 exports/qwen3-nvfp4 --dry-run`
     """
     from pipeline.progress import reporting
     from pipeline.summary import print_export

@@ -7,7 +7,7 @@ from pipeline.tables import coverage_rows, print_rows
 from stages.calibrate.summary import Summary
 from stages.commands import export_command
 from stages.export.records import REPORT
-from stages.export.report import ExportReport
+from stages.export.report import ExportReport, Needs
 
 
 def print_calibration(summary: Summary) -> None:
@@ -23,7 +23,10 @@ def print_calibration(summary: Summary) -> None:
 
 
 def print_export(report: ExportReport, out: Path) -> None:
-    """What was written and which policies acted."""
+    """What was written and which policies acted; of an export that was only asked about, what would be."""
+    if report.needs is not None:
+        _print_forecast(report, report.needs, out)
+        return
     rows = [
         ("checkpoint", f"{out}{' (was finished before)' if report.already_finished else ''}"),
         ("recipe", report.recipe),
@@ -36,4 +39,19 @@ def print_export(report: ExportReport, out: Path) -> None:
     if acted := report.policy_counts():
         rows.append(("policies", f"{', '.join(acted)}: see {out / REPORT}"))
     rows.append(("took", duration(report.seconds)))
+    print_rows(rows)
+
+
+def _print_forecast(report: ExportReport, needs: Needs, out: Path) -> None:
+    standing = " (is finished: nothing would be written)" if report.already_finished else ""
+    rows = [
+        ("would write", f"{out}{standing}"),
+        ("recipe", report.recipe),
+        *((f"stored as {name}", f"{count:,}") for name, count in report.formats.items()),
+        ("size", f"{quantity(report.nbytes, 'bytes')} of {quantity(report.source_nbytes, 'bytes')} before"),
+        *((name, quantity(nbytes, "bytes")) for name, nbytes in report.shards.items()),
+        *((f"policy {policy}", f"{count:,} quantizers") for policy, count in report.policy_counts().items()),
+        ("disk", f"{quantity(needs.disk, 'bytes')} needed, {quantity(needs.free, 'bytes')} free"),
+        ("memory", f"{quantity(needs.memory, 'bytes')} above the imports"),
+    ]
     print_rows(rows)

@@ -190,3 +190,8 @@ class ExportSettings(Settings):
     )
     trust_remote_code: bool = Field(default=False, description="Run Python code that comes with the model.")
     shard_size: int = Field(default=5_000_000_000, gt=0, description="Bytes per shard.")
+    dry_run: bool = Field(
+        default=False,
+        description="Say what would be written, which policies would act, and the disk and memory it takes; "
+        "write nothing to OUT.",
+    )

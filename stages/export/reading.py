@@ -147,6 +147,11 @@ class SourceReader:
         refuse_other_tensors(self.source, self.digests, self.source.digests(threads=2) | {name: found})
 
 
+def largest_piece(entry: TensorEntry, cut: Cut) -> int:
+    """Bytes of the largest piece of a tensor."""
+    return max(span.nbytes for span in _spans(entry, cut))
+
+
 def _spans(entry: TensorEntry, cut: Cut) -> list[_Span]:
     """The pieces of a tensor; at least one."""
     shape = entry.shape

@@ -11,6 +11,15 @@ from stages.export.units import Shard
 
 
 @dataclass(frozen=True)
+class Needs:
+    """What an export takes, in bytes: on a disk with `free` of them, and in memory above the imports."""
+
+    disk: int
+    free: int
+    memory: int
+
+
+@dataclass(frozen=True)
 class ExportReport:
     """One export, for `export_report.json` and for the screen.
 
@@ -21,6 +30,7 @@ class ExportReport:
     left_out: module or quantizer that the recipe names and that stays as it is → why.
     dequantized: scheme → how many of the source's weights were read from it.
     The remaining fields are of this process only and stay out of the file, which holds no times and no paths.
+    needs: of an export that was only asked about.
     """
 
     recipe: str
@@ -40,6 +50,7 @@ class ExportReport:
     shards_written: int = 0
     shards_kept: int = 0
     seconds: float = 0.0
+    needs: Needs | None = None
 
     def encode(self) -> bytes:
         """The bytes of `export_report.json`."""

@@ -7,6 +7,7 @@ from time import monotonic
 
 import torch
 
+from stages.export.dry_run import forecast
 from stages.export.flow import in_order
 from stages.export.folder import ExportFolder, open_folder
 from stages.export.plan import ExportPlan, plan_export
@@ -39,7 +40,8 @@ SLACK = 1 << 20
 def export(
     settings: ExportSettings, progress: Progress | None = None, disk: Disk | None = None
 ) -> ExportReport:
-    """Make the checkpoint `settings.out`, or go on making it, or find it finished and write nothing.
+    """Make the checkpoint `settings.out`, or go on making it, or find it finished and write nothing; with
+    `settings.dry_run`, only say what it would be.
 
     Raises:
         InputError: the run is unfinished, the recipe or the source can't be served, or a policy says `error`.
@@ -52,6 +54,9 @@ def export(
     plan = plan_export(settings, progress)
     files = {shard.file for shard in plan.shards} | plan.files.keys()
     wanted = Wanted(plan.identity, files, plan.report.recipe)
+    if settings.dry_run:
+        ahead = AHEAD * _workers()
+        return forecast(plan, wanted, settings.out, settings.overwrite, ahead, _workers())
     with open_folder(settings.out, wanted, disk, settings.overwrite, progress) as folder:
         if folder.finished:
             progress.note(f"{settings.out} is finished already; nothing was written")
@@ -88,8 +93,7 @@ def _write(folder: ExportFolder, plan: ExportPlan, progress: Progress) -> None:
 def _write_shards(folder: ExportFolder, plan: ExportPlan, progress: Progress) -> None:
     """Write what is missing: one thread reads, some pack, this one writes."""
     missing = {shard.file: shard for shard in plan.shards if shard.file not in folder.journal}
-    given, threads = plan.ingredients, torch.get_num_threads()
-    workers = max(1, min(WORKERS, threads // 2))
+    given, threads, workers = plan.ingredients, torch.get_num_threads(), _workers()
     with LargeReads() as files:
         asked = all_work(missing.values(), given, SourceReader(given.source, given.digests, files))
         made = in_order(
@@ -108,6 +112,10 @@ def _write_shards(folder: ExportFolder, plan: ExportPlan, progress: Progress) ->
         finally:
             made.close()
             torch.set_num_threads(threads)
+
+
+def _workers() -> int:
+    return max(1, min(WORKERS, torch.get_num_threads() // 2))
 
 
 def _told(results: Iterable[tuple[Work, list[Made]]], progress: Progress) -> Iterator[Made]:

@@ -60,27 +60,30 @@ def all_work(shards: Iterable[Shard], given: Ingredients, reader: SourceReader) 
     """
     for shard in shards:
         yield Work(shard.file, shard.units)
-        readers: dict[str, list[Unit]] = {}
-        for unit in shard.units:
-            for name in _read(unit):
-                readers.setdefault(name, []).append(unit)
+        readers = sources(shard)
         entries = sorted((given.source.tensors[name] for name in readers), key=lambda e: (e.file, e.start))
         for entry in entries:
             by_expert: dict[int | None, list[Unit]] = {}
             for unit in readers[entry.name]:
                 for expert in dict.fromkeys(matrix.expert for matrix in unit.matrices.values()) or (None,):
                     by_expert.setdefault(expert, []).append(unit)
-            cut = _cut(entry.name, readers[entry.name], given.rescaling)
+            cut = cut_of(entry.name, readers[entry.name], given.rescaling)
             for piece in reader.pieces(entry.name, cut, [one for one in by_expert if one is not None]):
                 yield Work(shard.file, tuple(by_expert.get(piece.expert, ())), piece)
 
 
-def _read(unit: Unit) -> set[str]:
-    """The source tensor that a unit is made from, if any."""
-    return {matrix.tensor for matrix in unit.matrices.values()} | ({unit.source} if unit.source else set())
+def sources(shard: Shard) -> dict[str, list[Unit]]:
+    """Every source tensor that a shard needs, and the units that are made from it."""
+    found: dict[str, list[Unit]] = {}
+    for unit in shard.units:
+        names = {matrix.tensor for matrix in unit.matrices.values()}
+        for name in names | ({unit.source} if unit.source else set()):
+            found.setdefault(name, []).append(unit)
+    return found
 
 
-def _cut(name: str, units: Sequence[Unit], rescaling: Rescaling) -> Cut:
+def cut_of(name: str, units: Sequence[Unit], rescaling: Rescaling) -> Cut:
+    """How a source tensor may be cut, for the units that are made from it."""
     matrices = [matrix for unit in units for matrix in unit.matrices.values()]
     if not matrices:
         return "whole" if rescaling.changes(name) else "bytes"
