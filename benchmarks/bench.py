@@ -1,8 +1,8 @@
 """All benchmarks in one run: `make bench`, or `make bench ARGS="--device cuda"`.
 
 Prints, each with its ratios: how soon an export reaches its first tensor; the bare forward, Holdfast's
-calibration and modelopt's; what a commit of 23,500 quantizers costs the forward; seconds and peak memory of
-both exporters and of a plain copy; what collecting and solving cost, beside modelopt's AWQ on a GPU; the loss
+calibration and modelopt's; what a commit of 23,500 quantizers costs the forward; speed and peak memory of
+both exporters beside a plain copy; what collecting and solving cost, beside modelopt's AWQ on a GPU; the loss
 of every solver, where HOLDFAST_SHARED names a folder with the trained test model.
 """
 
@@ -67,7 +67,7 @@ def sections(arguments: argparse.Namespace, scratch: Path, device: torch.device)
         yield measure_stall(subject, scratch, device, arguments.repeat)
     if "export" in arguments.parts:
         for exported in for_export(scratch, device, subject):
-            yield compare_exports(exported, scratch, device, arguments.exports)
+            yield compare_exports(exported, scratch, device, arguments.exports, arguments.cold)
     if "solvers" in arguments.parts:
         yield compare_solvers(subject, device, scratch, arguments.repeat)
     trained = trained_model()
@@ -101,6 +101,9 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--device", default="cpu", help="cpu, or cuda with a random 0.9 B Qwen3-MoE")
     parser.add_argument("--repeat", type=int, default=5, help="rounds of forwards and commits (default 5)")
     parser.add_argument("--exports", type=int, default=1, help="processes per exporter (default 1)")
+    parser.add_argument(
+        "--cold", action="store_true", help="export from a source that is not in the page cache"
+    )
     parser.add_argument(
         "--parts", nargs="+", choices=(*PARTS, LARGE), default=PARTS, help="default: all but layers"
     )

@@ -7,7 +7,7 @@ is not measured with torch in memory.
 
 import json
 import os
-import shutil
+import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -51,23 +51,21 @@ def tell(phase: str, started: float) -> float:
 
 
 def plain_copy(model: Path, out: Path) -> Prepare:
-    """All files of the source, each synced, and their folder."""
+    """What a person would type: `cp -r` and `sync`."""
 
     def export() -> None:
-        out.mkdir()
-        for file in sorted(model.iterdir()):
-            shutil.copyfile(file, out / file.name)
-            sync(out / file.name)
-        sync(out)
+        subprocess.run(["cp", "-r", str(model), str(out)], check=True)
+        os.sync()
 
     return lambda: export
 
 
-def sync(path: Path) -> None:
-    """Wait until a file or folder is on the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    os.fsync(descriptor)
-    os.close(descriptor)
+def sync_files(folder: Path) -> None:
+    """Wait until a folder and all its files are on the disk."""
+    for path in (*sorted(folder.iterdir()), folder):
+        descriptor = os.open(path, os.O_RDONLY)
+        os.fsync(descriptor)
+        os.close(descriptor)
 
 
 def holdfast(run: Path, out: Path, recipe: str) -> Prepare:
@@ -82,8 +80,8 @@ def holdfast(run: Path, out: Path, recipe: str) -> Prepare:
 
 
 def modelopt(model: Path, out: Path, recipe: str, device: str) -> Prepare:
-    """`export_hf_checkpoint`, which wants the calibrated model in memory. To prepare is to load it and to
-    calibrate it on a few tokens: on which ones makes no difference to the exporter.
+    """`export_hf_checkpoint`, and fsync of what it wrote. It wants the calibrated model in memory: to prepare
+    is to load it and to calibrate it on a few tokens. On which ones makes no difference to the exporter.
     """
     import torch
     from modelopt.torch.export import export_hf_checkpoint
@@ -104,6 +102,7 @@ def modelopt(model: Path, out: Path, recipe: str, device: str) -> Prepare:
         def export() -> None:
             with torch.inference_mode():
                 export_hf_checkpoint(calibrated, export_dir=out, max_shard_size=SHARD_SIZE)
+            sync_files(out)
 
         return export
 

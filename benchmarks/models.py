@@ -1,6 +1,7 @@
 """The models and texts that are measured: a trained test model where there is one, or random Qwen3-MoEs."""
 
 import json
+import math
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -61,8 +62,8 @@ class Subject:
             load_tokenizer(self.model), str(self.data), samples=self.samples, seq=self.seq, progress=Silent()
         )
 
-    def calibrated(self, run: Path, device: torch.device) -> Path:
-        """Calibrate it into `run`."""
+    def calibrated(self, run: Path, device: torch.device, recipe: str = "nvfp4") -> Path:
+        """Calibrate it into `run`, and solve what a recipe needs."""
         settings = CalibrateSettings(
             model=str(self.model),
             data=str(self.data),
@@ -72,9 +73,15 @@ class Subject:
             batch=self.batch,
             device=str(device),
             commit_every=30.0,
+            recipe=recipe,
         )
         calibrate(settings, Silent())
         return run
+
+    @property
+    def parameters(self) -> int:
+        """How many values the model's tensors hold."""
+        return sum(math.prod(entry.shape) for entry in Source.open(self.model).tensors.values())
 
     @property
     def nbytes(self) -> int:
