@@ -1,5 +1,6 @@
 """Output tensors, piece by piece: what is read of the source for them, and what is made of it."""
 
+import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -185,13 +186,13 @@ class TensorMaker:
         """Some rows of a weight as they are to be packed."""
         name, given = f"{module}.weight", self.ingredients
         weight = stored_weight.contiguous().to(given.rescaling.dtype)
-        largest = largest_magnitude(weight.reshape(-1))
-        recorded = given.weight_amax[module]
-        if not bool(largest.isfinite()):
+        largest = largest_magnitude(weight.reshape(-1)).item()
+        recorded = given.weight_amax[module].item()
+        if not math.isfinite(largest):
             raise InputError(f"{name} holds values that are not finite; repair the source checkpoint")
         if largest > recorded:
             raise InputError(
-                f"{name} reaches {largest.item():g} but the run's weight amax is {recorded.item():g}; "
+                f"{name} reaches {largest:g} but the run's weight amax is {recorded:g}; "
                 "the run was captured from other weights: give those as --model"
             )
         return given.rescaling.to_pack(module, weight, rows)
