@@ -15,8 +15,10 @@ E4M3_MIN = 2.0**-9
 # The smallest and the largest power of two that is an e4m3 value.
 E4M3_POWERS = (E4M3_MIN, 2.0**8)
 MXFP4_GROUP = 32
-# e4m3 codes that GPTQ tries, relative to that of amax / 6; one code is 6 to 12 %. The smaller ones clip.
-CODE_OFFSETS = (-3, -2, -1, 0, 1, 2)
+# e4m3 codes that are tried for a block, relative to that of amax / 6; one code is 6 to 12 %. The smaller ones
+# clip. Under +4 to +6 the largest weight lies near 4 instead of 6 ("four over six", arXiv 2512.02010): nothing
+# then falls into the grid's widest gap.
+CODE_OFFSETS = (-3, -2, -1, 0, 1, 2, 3, 4, 5, 6)
 # The largest e4m3 code is 126 (448): 127 is NaN, 0 is zero.
 CODES = (1, 126)
 
@@ -35,6 +37,7 @@ class Nvfp4(WeightFormat):
     scale_dtype = torch.float8_e4m3fn
     tensor_leaf = "weight_scale_2"
     shared_over = "engine groups"
+    candidates_count = len(CODE_OFFSETS)
     solvers = frozenset({"awq_lite", "awq_clip", "awq_full", "gptq"})
     holds_together = True
     engines = ("vllm", "sglang", "trtllm")

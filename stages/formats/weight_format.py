@@ -47,6 +47,7 @@ class WeightFormat(ABC):
         shared_over: the weights that must have one tensor scale in common: those of every group that engines
             run as one matrix; the projections of an expert where the model class stores them as one
             parameter; none.
+        candidates_count: the scales that `candidates` gives for one block.
         solvers: the solvers that can search a weight of this format.
         weight_axis: the axis along which modelopt's weight quantizer must have its scales; None: any.
         holds_together: whether a checkpoint may hold all experts of a layer in one tensor of this format, as
@@ -64,6 +65,7 @@ class WeightFormat(ABC):
     scale_dtype: ClassVar[torch.dtype] = torch.float32
     tensor_leaf: ClassVar[str | None] = None
     shared_over: ClassVar[Literal["engine groups", "fused experts"] | None] = None
+    candidates_count: ClassVar[int] = len(CLIP_RATIOS)
     solvers: ClassVar[frozenset[str]] = frozenset()
     weight_axis: ClassVar[int | None] = None
     holds_together: ClassVar[bool] = False

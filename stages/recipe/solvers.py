@@ -16,7 +16,7 @@ from state.names import split_name
 
 Method = Literal["awq_lite", "awq_clip", "awq_full", "gptq", "smoothquant"]
 
-MATHS_VERSION = 3
+MATHS_VERSION = 4
 """Goes up when a change of stages/solve changes what a solver finds."""
 
 AWQ_LITE_FIXED = {"alpha_step": 0.1}
