@@ -36,6 +36,7 @@ RECIPES = {
     "round to nearest": "nvfp4",
     "AWQ lite": "nvfp4_awq_lite",
     "AWQ full": "nvfp4_awq_full",
+    "local Hessian": "nvfp4_w4a4_weight_local_hessian",
     "GPTQ": "general/ptq/nvfp4_default-kv_none-gptq",
 }
 CPU = torch.device("cpu")

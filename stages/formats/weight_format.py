@@ -146,6 +146,12 @@ class WeightFormat(ABC):
         """
         return torch.stack([self.scales_from_amax(amax * ratio, None) for ratio in CLIP_RATIOS])
 
+    def every_scale(self) -> Tensor | None:
+        """All scales that can be stored for a block, ascending: f32 `[S]`; None where they are too many to be
+        tried one by one.
+        """
+        return None
+
     # Kernels: None where torch's functions do the work on a GPU too
 
     def error_on_gpu(self, weights: Tensor, scales: Tensor, tensor_scale: Tensor | None) -> Tensor | None:
@@ -162,6 +168,12 @@ class WeightFormat(ABC):
         Args:
             weights: `[E, N, K]`. within: H's blocks on the diagonal, f32 `[E, blocks, block, block]`.
         """
+        return None
+
+    def sweep_on_gpu(
+        self, weights: Tensor, within: Tensor, tensor_scale: Tensor | None, scales: Tensor
+    ) -> tuple[Tensor, Tensor] | None:
+        """The best scale of each block in one kernel, and its loss, as in `clip_on_gpu`: scales f32 `[S]`."""
         return None
 
     def gptq_on_gpu(
