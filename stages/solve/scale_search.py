@@ -43,9 +43,7 @@ def search(
         raise ValueError(f"{format.name} has no block scales that could be tried one by one")
     scales = scales.to(weights.device)
     parts = [
-        search_chunk(
-            format, weights[part], second_moment[part], scales, None if amax is None else amax[part]
-        )
+        search_chunk(format, weights[part], second_moment[part], scales, None if amax is None else amax[part])
         for part in chunks(len(weights), weights[0].numel())
     ]
     return BlockScales(torch.cat([part.amax for part in parts]), torch.cat([part.losses for part in parts]))
