@@ -94,6 +94,7 @@ class SolverPass:
                 self._places(folds),
                 scales_by_awq=self.solver.searches_scales,
                 clip=method in ("awq_clip", "awq_full"),
+                sweep=method == "local_hessian",
                 damping=self.solver.damping if method == "gptq" else None,
             )
         attributes |= {"method": method, "policies": found.policies, "kept_at_one": folds.impossible}
