@@ -78,7 +78,7 @@ def test_a_vocabulary_smaller_than_the_tokenizers_ids(tmp_path: Path) -> None:
 
 @pytest.mark.skipif(
     hasattr(modeling_gptj, "ALL_ATTENTION_FUNCTIONS"),
-    reason="this release's GPT-J takes attention from there",
+    reason="GPT-J takes its attention from there",
 )
 def test_keys_and_values_outside_the_registry(tmp_path: Path) -> None:
     """GPT-J computes attention by itself; every recipe without a KV cache is served."""
