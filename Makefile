@@ -73,8 +73,11 @@ check: $(READY)  ## verify every file of RUN
 repair: $(READY)  ## mend RUN from what is whole; what is damaged is set aside
 	@$(VENV)/bin/holdfast repair "$${run:-runs/demo}" $(args)
 
+# Tests of one file share what they are given, and a process for each core leaves one thread to each.
+WORKERS := --numprocesses auto --maxprocesses 4 --dist loadscope
+
 test: $(READY)  ## all tests but the long ones
-	@$(VENV)/bin/python -m pytest $(args)
+	@OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest $(WORKERS) $(args)
 
 test-long: $(READY)  ## the long tests alone: the wheel in an environment of its own
 	@$(VENV)/bin/python -m pytest -m long $(args)
@@ -83,10 +86,10 @@ test-families: $(READY)  ## every family of models in its hub's layout, all reci
 	@$(VENV)/bin/python -m tests.families $(args)
 
 test-newest: .venv-newest/.holdfast-ready  ## the tests with the newest libraries that pyproject.toml allows
-	@.venv-newest/bin/python -m pytest $(args)
+	@OMP_NUM_THREADS=1 .venv-newest/bin/python -m pytest $(WORKERS) $(args)
 
 test-oldest: .venv-oldest/.holdfast-ready  ## the tests with the oldest
-	@.venv-oldest/bin/python -m pytest $(args)
+	@OMP_NUM_THREADS=1 .venv-oldest/bin/python -m pytest $(WORKERS) $(args)
 
 # torch stays at the version of constraints.txt: a newer one, of several GB, would bring CUDA along.
 .venv-newest/.holdfast-ready: pyproject.toml constraints.txt

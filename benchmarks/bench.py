@@ -3,7 +3,7 @@
 Prints, each with its ratios: how soon an export reaches its first tensor; the bare forward, Holdfast's
 calibration and modelopt's; what a commit of 23,500 quantizers costs the forward; speed and peak memory of
 both exporters beside a plain copy; what collecting and solving cost, beside modelopt's AWQ on a GPU; the loss
-of every solver, where HOLDFAST_SHARED names a folder with the trained test model.
+and distance of every solver, where HOLDFAST_SHARED names a folder with the trained test model.
 """
 
 import argparse
@@ -39,7 +39,7 @@ def main() -> None:
     warnings.simplefilter("ignore")
     arguments = _arguments()
     device = pick_device(arguments.device)
-    console = Console(width=132, highlight=False)
+    console = Console(width=140, highlight=False)
     begun = header(device)
     console.print(begun)
     figures: dict[str, dict[str, float]] = {}

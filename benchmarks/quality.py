@@ -1,11 +1,16 @@
-"""What quantizing costs in loss: exported checkpoints, dequantized, on windows that calibration never saw.
+"""What quantizing costs: exported checkpoints, dequantized, on windows that calibration never saw. By the
+loss over the unquantized model's, and by the distance of what is predicted, KL(unquantized ‖ quantized).
+
+The loss says what is lost on this text, and moves by chance; the distance moves less, and no flattened
+distribution looks better by it, as may happen with the loss of a model that is too sure of itself.
 
 All in float32 arithmetic, so that only what the checkpoints hold differs. With quantized inputs as well
 (W4A4), what reaches a quantized weight is rounded to NVFP4 under the checkpoint's own input scales.
 """
 
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +36,7 @@ RECIPES = {
     "round to nearest": "nvfp4",
     "AWQ lite": "nvfp4_awq_lite",
     "AWQ full": "nvfp4_awq_full",
+    "local Hessian": "nvfp4_w4a4_weight_local_hessian",
     "GPTQ": "general/ptq/nvfp4_default-kv_none-gptq",
 }
 CPU = torch.device("cpu")
@@ -38,25 +44,36 @@ TOGETHER = 4  # windows per forward
 SCALES = ("weight_scale", "weight_scale_2", "input_scale", "k_scale", "v_scale")
 
 
+@dataclass(frozen=True)
+class Cost:
+    """Means per token of each window, f64 [windows].
+
+    loss: of the next token. distance: KL(unquantized ‖ quantized).
+    """
+
+    loss: Tensor
+    distance: Tensor
+
+
 def measure_quality(subject: Subject, scratch: Path) -> Iterator[Section]:
-    """Loss of every recipe over the unquantized model's, with and without quantized inputs: on the clean
-    windows of other files, and on all.
+    """What every recipe costs, with and without quantized inputs: on the clean windows of other files, and on
+    all.
     """
     windows = clean_windows(subject)
     every = torch.from_numpy(np.concatenate(list(windows.values())).astype(np.int64))
-    base, found = _losses_of_recipes(subject, every, scratch)
+    base, found = _costs_of_recipes(subject, every, scratch)
     alone = len(windows["other files"])
     yield _section(subject, f"{alone} windows of other files", base, found, slice(alone))
     yield _section(subject, f"all {len(every)} clean windows", base, found, slice(None))
 
 
-def _losses_of_recipes(
+def _costs_of_recipes(
     subject: Subject, windows: Tensor, scratch: Path
-) -> tuple[Tensor, dict[tuple[str, str], Tensor]]:
-    """Losses of the unquantized model, f64 [windows], and by kind and name of every recipe."""
+) -> tuple[Tensor, dict[tuple[str, str], Cost]]:
+    """Losses of the unquantized model, f64 [windows]; costs by kind and name of every recipe."""
     run, checkpoint = scratch / "quality-run", scratch / "quality-checkpoint"
     write_dequantized(subject.model, checkpoint)
-    base = losses(load_whole(checkpoint, CPU, "grouped_mm"), windows)
+    unquantized = list(predictions(load_whole(checkpoint, CPU, "grouped_mm"), windows))
     found = {}
     for name, recipe in RECIPES.items():
         settings = CalibrateSettings(
@@ -74,34 +91,40 @@ def _losses_of_recipes(
         export(ExportSettings(run=run, out=out, recipe=recipe), Silent())
         input_scales = write_dequantized(out, checkpoint)
         model = load_whole(checkpoint, CPU, "grouped_mm")
-        found["W4A16", name] = losses(model, windows)
-        found["W4A4", name] = losses(model, windows, _by_weight(model, input_scales))
-    return base, found
+        for kind, scales in (("W4A16", {}), ("W4A4", _by_weight(model, input_scales))):
+            found[kind, name] = cost(predictions(model, windows, scales), windows, unquantized)
+    return cost(unquantized, windows, unquantized).loss, found
 
 
 def _section(
-    subject: Subject, windows: str, base: Tensor, found: Mapping[tuple[str, str], Tensor], part: slice
+    subject: Subject, windows: str, base: Tensor, found: Mapping[tuple[str, str], Cost], part: slice
 ) -> Section:
     rows, figures = [], {"base": base[part].mean().item()}
     for name in RECIPES:
         cells = [name]
         for kind in ("W4A16", "W4A4"):
-            increase = (found[kind, name] - base)[part]
+            increase, distance = (found[kind, name].loss - base)[part], found[kind, name].distance[part]
             figures[f"{kind}/{name}"] = increase.mean().item()
-            error = increase.std().item() / len(increase) ** 0.5
+            figures[f"{kind}/{name}/KL"] = distance.mean().item()
             ratio = figures[f"{kind}/{name}"] / figures[f"{kind}/round to nearest"]
-            cells += [f"{increase.mean():+.4f} ± {error:.4f}", f"{ratio:.2f}"]
+            cells += [f"{increase.mean():+.4f} ± {_error(increase):.4f}", f"{ratio:.2f}"]
+            cells += [f"{distance.mean():.4f} ± {_error(distance):.4f}"]
         rows.append(tuple(cells))
     return Section(
         title=f"6. Loss of {subject.name} in NVFP4 over {figures['base']:.4f} unquantized, {windows}",
-        columns=("weights alone", "of round to nearest", "weights and inputs", "of round to nearest"),
+        columns=("weights alone", "of nearest", "KL", "weights and inputs", "of nearest", "KL"),
         rows=tuple(rows),
         notes=(
             f"Windows of {subject.seq} tokens that calibration never saw; ± is one standard error, as if",
-            "they were independent of one another.",
+            "they were independent of one another. KL(unquantized ‖ quantized) in nats per token.",
         ),
         figures=figures,
     )
+
+
+def _error(values: Tensor) -> float:
+    """One standard error of the mean of f64 [windows]."""
+    return values.std().item() / len(values) ** 0.5
 
 
 def write_dequantized(checkpoint: Path, out: Path) -> dict[str, Tensor]:
@@ -127,17 +150,26 @@ def write_dequantized(checkpoint: Path, out: Path) -> dict[str, Tensor]:
 
 
 @torch.inference_mode()
-def losses(
+def predictions(
     model: PreTrainedModel, windows: Tensor, input_scales: Mapping[int, Tensor] | None = None
-) -> Tensor:
-    """Mean loss per token of each window: int64 [windows, seq] → f64 [windows]."""
-    found = []
+) -> Iterator[Tensor]:
+    """Log-probabilities of every next token, TOGETHER windows at a time: f32 [windows, seq - 1, vocabulary].
+
+    windows: int64 [windows, seq]. input_scales: as `RoundInputs` takes them.
+    """
     for batch in windows.split(TOGETHER):
         with RoundInputs(input_scales or {}):
             logits = model(input_ids=batch, use_cache=False).logits[:, :-1]
-        each = nn.functional.cross_entropy(logits.double().mT, batch[:, 1:], reduction="none")
-        found.append(each.mean(1))
-    return torch.cat(found)
+        yield logits.log_softmax(-1)
+
+
+def cost(predicted: Iterable[Tensor], windows: Tensor, unquantized: Sequence[Tensor]) -> Cost:
+    """What predictions cost beside the unquantized model's, both as `predictions` gives them."""
+    losses, distances = [], []
+    for found, base, batch in zip(predicted, unquantized, windows.split(TOGETHER), strict=True):
+        losses.append(-found.gather(-1, batch[:, 1:, None]).double().mean((1, 2)))
+        distances.append((base.exp() * (base - found)).double().sum(-1).mean(1))
+    return Cost(torch.cat(losses), torch.cat(distances))
 
 
 class RoundInputs(TorchFunctionMode):

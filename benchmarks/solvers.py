@@ -33,6 +33,7 @@ from stages.calibrate.schedule.solving import SolverPass
 from stages.calibrate.signals import StopRequest
 from stages.model.decoder import find_decoder
 from stages.model.skeleton import Skeleton, load_config
+from stages.model.weights import read_tensor
 from stages.recipe.quantizers import plan_quantizers
 from stages.recipe.recipes import resolve
 from stages.recipe.solvers import solver_of
@@ -125,7 +126,12 @@ class Resident:
         def finite(_layer: int) -> None:
             return
 
-        solving = SolverPass(solver, quantizers, self.skeleton, statistics, prover, set(), {}, stop, finite)
+        def read(name: str) -> torch.Tensor:
+            return read_tensor(self.source, name)
+
+        solving = SolverPass(
+            solver, quantizers, self.skeleton, statistics, prover, set(), {}, stop, finite, read
+        )
         timed = Timed(solving, self.device)
         both = self._run(tokens, statistics, timed)
         return both - timed.seconds, timed.seconds

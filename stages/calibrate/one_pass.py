@@ -25,6 +25,7 @@ from stages.calibrate.schedule.whole import WholeModel
 from stages.calibrate.signals import StopRequest
 from stages.commands import calibrate_command
 from stages.fold.proof import LayerProof
+from stages.model.weights import read_tensor
 from stages.progress import Progress
 from stages.settings import CalibrateSettings
 from state.background import BackgroundWriter
@@ -179,6 +180,7 @@ class Pass:
             attributes,
             self.stop,
             require_finite,
+            lambda name: read_tensor(work.source, name),
         )
 
     def _proofs(self, solver_id: str, solved: set[int]) -> list[LayerProof]:

@@ -17,8 +17,10 @@ E4M3_MIN = 2.0**-9
 # The smallest and the largest power of two that is an e4m3 value.
 E4M3_POWERS = (E4M3_MIN, 2.0**8)
 MXFP4_GROUP = 32
-# e4m3 codes that GPTQ tries, relative to that of amax / 6; one code is 6 to 12 %. The smaller ones clip.
-CODE_OFFSETS = (-3, -2, -1, 0, 1, 2)
+# e4m3 codes that GPTQ tries, relative to that of amax / 6; one code is 6 to 12 %. The smaller ones clip. With
+# +4 to +6 the largest weight lies near 4 instead of 6 ("four over six", arXiv 2512.02010): nothing then falls
+# into the grid's widest gap.
+CODE_OFFSETS = (-3, -2, -1, 0, 1, 2, 3, 4, 5, 6)
 # The largest e4m3 code is 126 (448): 127 is NaN, 0 is zero.
 CODES = (1, 126)
 
@@ -37,7 +39,8 @@ class Nvfp4(WeightFormat):
     scale_dtype = torch.float8_e4m3fn
     tensor_leaf = "weight_scale_2"
     shared_over = "engine groups"
-    solvers = frozenset({"awq_lite", "awq_clip", "awq_full", "gptq"})
+    candidates_count = len(CODE_OFFSETS)
+    solvers = frozenset({"awq_lite", "awq_clip", "awq_full", "gptq", "local_hessian"})
     holds_together = True
     engines = ("vllm", "sglang", "trtllm")
 
@@ -72,6 +75,10 @@ class Nvfp4(WeightFormat):
         offsets = torch.tensor(CODE_OFFSETS, dtype=torch.int16, device=amax.device)[:, None, None]
         return (codes + offsets).clamp_(*CODES).to(torch.uint8).view(torch.float8_e4m3fn).float()
 
+    def every_scale(self) -> Tensor | None:
+        codes = torch.arange(CODES[0], CODES[1] + 1, dtype=torch.uint8)
+        return codes.view(torch.float8_e4m3fn).float()
+
     def error_on_gpu(self, weights: Tensor, scales: Tensor, tensor_scale: Tensor | None) -> Tensor | None:
         from stages.kernels.nvfp4_error import scaled_difference
 
@@ -85,6 +92,14 @@ class Nvfp4(WeightFormat):
 
         assert tensor_scale is not None
         return clip_blocks(weights, within, tensor_scale.flatten(), ratios)
+
+    def sweep_on_gpu(
+        self, weights: Tensor, within: Tensor, tensor_scale: Tensor | None, scales: Tensor
+    ) -> tuple[Tensor, Tensor] | None:
+        from stages.kernels.nvfp4_clip import sweep_blocks
+
+        assert tensor_scale is not None
+        return sweep_blocks(weights, within, tensor_scale.flatten(), scales)
 
     def gptq_on_gpu(
         self, columns: Tensor, factor: Tensor, tensor_scale: Tensor | None, fixed: Tensor | None

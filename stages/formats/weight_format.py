@@ -47,6 +47,7 @@ class WeightFormat(ABC):
         shared_over: the weights that must have one tensor scale in common: those of every group that engines
             run as one matrix; the projections of an expert where the model class stores them as one
             parameter; none.
+        candidates_count: the scales that `candidates` gives for one block.
         solvers: the solvers that can search a weight of this format.
         weight_axis: the axis along which modelopt's weight quantizer must have its scales; None: any.
         holds_together: whether a checkpoint may hold all experts of a layer in one tensor of this format, as
@@ -64,6 +65,7 @@ class WeightFormat(ABC):
     scale_dtype: ClassVar[torch.dtype] = torch.float32
     tensor_leaf: ClassVar[str | None] = None
     shared_over: ClassVar[Literal["engine groups", "fused experts"] | None] = None
+    candidates_count: ClassVar[int] = len(CLIP_RATIOS)
     solvers: ClassVar[frozenset[str]] = frozenset()
     weight_axis: ClassVar[int | None] = None
     holds_together: ClassVar[bool] = False
@@ -144,6 +146,12 @@ class WeightFormat(ABC):
         """
         return torch.stack([self.scales_from_amax(amax * ratio, None) for ratio in CLIP_RATIOS])
 
+    def every_scale(self) -> Tensor | None:
+        """All scales that can be stored for a block, ascending: f32 `[S]`; None where they are too many to be
+        tried one by one.
+        """
+        return None
+
     # Kernels: None where torch's functions do the work on a GPU too
 
     def error_on_gpu(self, weights: Tensor, scales: Tensor, tensor_scale: Tensor | None) -> Tensor | None:
@@ -160,6 +168,12 @@ class WeightFormat(ABC):
         Args:
             weights: `[E, N, K]`. within: H's blocks on the diagonal, f32 `[E, blocks, block, block]`.
         """
+        return None
+
+    def sweep_on_gpu(
+        self, weights: Tensor, within: Tensor, tensor_scale: Tensor | None, scales: Tensor
+    ) -> tuple[Tensor, Tensor] | None:
+        """The best scale of each block in one kernel, and its loss, as in `clip_on_gpu`: scales f32 `[S]`."""
         return None
 
     def gptq_on_gpu(

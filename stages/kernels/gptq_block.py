@@ -30,18 +30,18 @@ def solve_block(
         grid: a key of GRIDS.
         base: f32; NVFP4's tensor scale [E]; INT8's and FP8's scale of each row [E, N]; not read for INT4.
         candidates: NVFP4's offsets of e4m3 codes, int32; INT4's ratios, f32; one of any value for the others.
-    Returns values, errors (f32 [E, B, N]) and scales (f32 [E, N]).
+    Returns latents, errors (f32 [E, B, N]) and scales (f32 [E, N]).
     """
     experts, block, rows = columns.shape
-    values = torch.empty(columns.shape, device=columns.device)
-    errors, scales = torch.empty_like(values), torch.empty(experts, rows, device=columns.device)
+    latents = torch.empty(columns.shape, device=columns.device)
+    errors, scales = torch.empty_like(latents), torch.empty(experts, rows, device=columns.device)
     tile = max(16, ELEMENTS // block)
     _solve[(triton.cdiv(rows, tile), experts)](
         columns,
         factor,
         base,
         candidates,
-        values,
+        latents,
         errors,
         scales,
         rows,
@@ -54,7 +54,7 @@ def solve_block(
         num_warps=8,
         enable_fp_fusion=False,
     )
-    return values, errors, scales
+    return latents, errors, scales
 
 
 def solve_fixed(columns: Tensor, factor: Tensor, grid: str, scales: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -65,7 +65,7 @@ def solve_fixed(columns: Tensor, factor: Tensor, grid: str, scales: Tensor) -> t
 
 @triton.jit
 def _solve(
-    columns, factor, base, candidates, values, errors, scales, rows,
+    columns, factor, base, candidates, latents, errors, scales, rows,
     columns_expert, columns_lane, factor_expert, factor_row, factor_lane, count,
     FORMAT: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
@@ -83,7 +83,7 @@ def _solve(
         code = encode_e4m3(nvfp4_scale(amax, common))
     least = tl.full([ROWS], float("inf"), tl.float32)
     kept_scale = tl.zeros([ROWS], tl.float32)
-    kept_values = tl.zeros([BLOCK, ROWS], tl.float32)
+    kept_latents = tl.zeros([BLOCK, ROWS], tl.float32)
     kept_errors = tl.zeros([BLOCK, ROWS], tl.float32)
     for candidate in range(count):
         if FORMAT == NVFP4:
@@ -96,25 +96,25 @@ def _solve(
             scale = tl.load(base + expert * rows + row, mask=inside, other=1.0)
         step = scale * common
         work = original
-        rounded = tl.zeros([BLOCK, ROWS], tl.float32)
+        scaled = tl.zeros([BLOCK, ROWS], tl.float32)
         total = tl.zeros([ROWS], tl.float32)
         for j in range(BLOCK):
             current = (lane == j)[:, None]
             column = tl.sum(tl.where(current, work, 0.0), 0)
-            value = round_to(tl.div_rn(column, step), FORMAT)
+            latent = tl.div_rn(column, step)
             spread = own_factor + j * factor_row
-            error = tl.div_rn(column - value * step, tl.load(spread + j * factor_lane))
+            error = tl.div_rn(column - round_to(latent, FORMAT) * step, tl.load(spread + j * factor_lane))
             total += error * error
-            rounded = tl.where(current, value[None, :], rounded)
+            scaled = tl.where(current, latent[None, :], scaled)
             after = work - tl.load(spread + lane * factor_lane)[:, None] * error[None, :]
             # The error takes the column's place.
             work = tl.where((lane > j)[:, None], after, tl.where(current, error[None, :], work))
         better = total < least
         least = tl.where(better, total, least)
         kept_scale = tl.where(better, scale, kept_scale)
-        kept_values = tl.where(better[None, :], rounded, kept_values)
+        kept_latents = tl.where(better[None, :], scaled, kept_latents)
         kept_errors = tl.where(better[None, :], work, kept_errors)
     place = (expert * BLOCK + lane)[:, None] * rows + row[None, :]
-    tl.store(values + place, kept_values, mask=inside[None, :])
+    tl.store(latents + place, kept_latents, mask=inside[None, :])
     tl.store(errors + place, kept_errors, mask=inside[None, :])
     tl.store(scales + expert * rows + row, kept_scale, mask=inside)

@@ -14,18 +14,20 @@ from state.errors import InputError
 from state.identity import digest_json
 from state.names import split_name
 
-Method = Literal["awq_lite", "awq_clip", "awq_full", "gptq", "smoothquant"]
+Method = Literal["awq_lite", "awq_clip", "awq_full", "gptq", "local_hessian", "smoothquant"]
 
-MATHS_VERSION = 3
+MATHS_VERSION = 4
 """Goes up when a change of stages/solve changes what a solver finds."""
 
 AWQ_LITE_FIXED = {"alpha_step": 0.1}
 AWQ_CLIP_FIXED = {"min_clip_ratio": 0.5, "shrink_step": 0.05}
+LOCAL_HESSIAN_FIXED: dict[str, float] = {"fp8_scale_sweep": True, "block_size": 16}
 FIXED: dict[Method, dict[str, float]] = {
     "awq_lite": AWQ_LITE_FIXED,
     "awq_clip": AWQ_CLIP_FIXED,
     "awq_full": AWQ_LITE_FIXED | AWQ_CLIP_FIXED,
     "gptq": {},
+    "local_hessian": LOCAL_HESSIAN_FIXED,
     "smoothquant": {},
 }
 """Options of modelopt's that can be given with this value only."""
@@ -116,7 +118,7 @@ def _check_options(
     recipe: str, method: Method, fixed: Mapping[str, float], options: Mapping[str, Any]
 ) -> None:
     for name, value in options.items():
-        if name in WITHOUT_EFFECT or (name in fixed and value in (fixed[name], None)):
+        if value in (fixed[name], None) if name in fixed else name in WITHOUT_EFFECT:
             continue
         allowed = f"only {fixed[name]} is supported" if name in fixed else "it is not supported"
         raise InputError(f"recipe {recipe!r} gives {method} the option {name}={value!r}; {allowed}")

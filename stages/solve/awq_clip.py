@@ -20,7 +20,7 @@ from torch import Tensor
 from stages.formats import WeightFormat
 from stages.formats.quantized import constants, quantize, round_to_nearest
 from stages.formats.weight_format import tensor_amax
-from stages.solve.moments import chunks, squared_error, to_judge_by
+from stages.solve.moments import block_errors, chunks, diagonal_blocks, squared_error, to_judge_by
 
 RATIOS = tuple(round(0.5 + 0.05 * i, 2) for i in range(11))
 
@@ -76,10 +76,7 @@ def tensor_ratios(format: WeightFormat, weights: Tensor, second_moment: Tensor) 
 
 
 def block_ratios(format: WeightFormat, weights: Tensor, second_moment: Tensor) -> Clipping:
-    size = format.block_size or weights.shape[-1]
-    blocks = weights.shape[-1] // size
-    squares = second_moment.unflatten(1, (blocks, size)).unflatten(3, (blocks, size))
-    within = squares.diagonal(dim1=1, dim2=3).permute(0, 3, 1, 2).contiguous()
+    within = diagonal_blocks(second_moment, format.block_size or weights.shape[-1])
     shared = format.search_scale(weights)
     if weights.is_cuda:
         found = format.clip_on_gpu(weights, within, shared, constants(RATIOS, weights.device))
@@ -91,8 +88,7 @@ def block_ratios(format: WeightFormat, weights: Tensor, second_moment: Tensor) -
     for ratio in RATIOS:
         scale = format.scales_from_amax(own * ratio, shared)
         difference = quantize(format, weights, scale, shared).dequantize().sub_(weights)
-        parts = format.blocks(difference).transpose(1, 2)
-        loss = (torch.matmul(parts, within) * parts).sum(-1).transpose(1, 2)
+        loss = block_errors(format.blocks(difference), within)
         better = loss < least
         least = torch.where(better, loss, least)
         amax = torch.where(better, own * ratio, amax)

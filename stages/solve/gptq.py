@@ -12,6 +12,8 @@ changes the format:
 The global scale is fixed beforehand, so that the linears of a fusion group can share it.
 """
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
@@ -24,7 +26,8 @@ DAMPING = 0.01
 PANEL = 16
 # Weights of one block, times the scales that are tried for it, worked on at a time.
 BLOCK_ELEMENTS = 2**26
-CANDIDATES = 6  # of every format
+# How far beyond the grid a latent may lie, in units of the grid: all of it is rounded to the grid's end.
+BEYOND = 0.5
 
 
 def solve(
@@ -43,26 +46,44 @@ def solve(
         damping: added to H's diagonal, relative to its mean.
     Raises ValueError where the format's blocks do not divide K.
     """
-    format.blocks(weights)
-    experts = chunks(len(weights), weights[0].numel() + second_moment[0].numel())
     return Quantized.concatenate(
-        [
-            solve_chunk(
-                weights[part].float(),
-                second_moment[part],
-                format,
-                None if amax is None else amax[part],
-                damping,
-            )
-            for part in experts
-        ]
+        [quantized for quantized, _ in solve_chunks(weights, second_moment, format, amax, damping)]
     )
+
+
+def solve_latent(
+    weights: Tensor,
+    second_moment: Tensor,
+    format: WeightFormat,
+    amax: Tensor | None = None,
+    damping: float = DAMPING,
+) -> tuple[Quantized, Tensor]:
+    """`solve`, and what it rounded: where gradient steps on the rounding begin.
+
+    The latents are the compensated columns in units of the step that was chosen for them, in the order of the
+    weights: f32 `[E, N, K]`, no further than BEYOND off the grid (±6.5 for NVFP4). Rounded to the grid they
+    are the values, bit for bit.
+    """
+    parts = list(solve_chunks(weights, second_moment, format, amax, damping))
+    bound = format.bound + BEYOND
+    latents = torch.cat([latents for _, latents in parts]).clamp_(-bound, bound)
+    return Quantized.concatenate([quantized for quantized, _ in parts]), latents
+
+
+def solve_chunks(
+    weights: Tensor, second_moment: Tensor, format: WeightFormat, amax: Tensor | None, damping: float
+) -> Iterator[tuple[Quantized, Tensor]]:
+    """As many experts at a time as memory allows: quantized, and unbounded latents as in `solve_latent`."""
+    format.blocks(weights)
+    for part in chunks(len(weights), weights[0].numel() + second_moment[0].numel()):
+        own = None if amax is None else amax[part]
+        yield solve_chunk(weights[part].float(), second_moment[part], format, own, damping)
 
 
 def solve_chunk(
     weights: Tensor, second_moment: Tensor, format: WeightFormat, amax: Tensor | None, damping: float
-) -> Quantized:
-    """`solve` for as many experts as memory allows."""
+) -> tuple[Quantized, Tensor]:
+    """`solve_chunks` for the experts of one chunk."""
     block = format.block_size or PANEL
     order = column_order(second_moment.diagonal(dim1=1, dim2=2), block)
     ordered = take_columns(take_columns(second_moment, order).mT, order)
@@ -72,23 +93,24 @@ def solve_chunk(
 
     weights = take_columns(weights, order)
     # Rows do not depend on each other: all experts at once, as many rows as memory allows.
-    rows = max(1, BLOCK_ELEMENTS // (len(weights) * block * CANDIDATES))
+    tried = format.candidates_count if format.block_size else 1
+    rows = max(1, BLOCK_ELEMENTS // (len(weights) * block * tried))
     parts = [
         compensate(
             part, factor, format, shared, None if fixed is None else fixed[:, i * rows : (i + 1) * rows]
         )
         for i, part in enumerate(weights.split(rows, dim=1))
     ]
-    values, scale = (torch.cat(tensors, dim=1) for tensors in zip(*parts, strict=True))
+    latents, scale = (torch.cat(tensors, dim=1) for tensors in zip(*parts, strict=True))
 
     back = order.argsort(dim=-1)
-    values = take_columns(values, back)
+    latents = take_columns(latents, back)
     if fixed is None:
         scale = take_columns(scale, back[:, ::block] // block)
         scale = scale.to(format.scale_dtype)
     else:
         scale = fixed[:, :1] if format.grain == "tensor" else fixed
-    return Quantized(format, values, scale, shared)
+    return Quantized(format, format.round(latents), scale, shared), latents
 
 
 def column_order(power: Tensor, block: int) -> Tensor:
@@ -142,23 +164,24 @@ def compensate(
 
     Args:
         fixed: f32 `[E, N, 1]`, the rows' scales where the format sets no blocks.
-    Returns values on the grid f32 `[E, N, K]` and the scales used f32 `[E, N, K / block]`.
+    Returns latents (each column as it was when it was rounded, in units of its step) f32 `[E, N, K]`, and the
+    scales used f32 `[E, N, K / block]`.
     """
-    remaining = weights.mT.contiguous()  # a column's rows lie side by side
-    values = torch.empty_like(remaining)
+    work = weights.mT.contiguous()  # a column's rows lie side by side
     scales = []
-    columns, block = remaining.shape[1], format.block_size or PANEL
+    columns, block = work.shape[1], format.block_size or PANEL
     for start in range(0, columns, block):
         stop = min(start + block, columns)
-        work = remaining[:, start:stop], factor[:, start:stop, start:stop]
+        parts = work[:, start:stop], factor[:, start:stop, start:stop]
         solved = None
         if weights.is_cuda and stop - start == block:
-            solved = format.gptq_on_gpu(*work, shared, fixed)
-        values[:, start:stop], errors, scale = solved or solve_block(*work, format, shared, fixed)
+            solved = format.gptq_on_gpu(*parts, shared, fixed)
+        latents, errors, scale = solved or solve_block(*parts, format, shared, fixed)
         scales.append(scale)
         if stop < columns:
-            remaining[:, stop:].baddbmm_(factor[:, start:stop, stop:].mT, errors, alpha=-1)
-    return values.mT, torch.stack(scales, dim=-1)
+            work[:, stop:].baddbmm_(factor[:, start:stop, stop:].mT, errors, alpha=-1)
+        work[:, start:stop] = latents  # nothing reads these columns any more
+    return work.mT, torch.stack(scales, dim=-1)
 
 
 def solve_block(
@@ -168,12 +191,12 @@ def solve_block(
 
     Args:
         columns: f32 `[E, B, N]`; factor: f32 `[E, B, B]`; shared, fixed: as in `compensate`.
-    Returns values and errors as `quantize_block` does, and the scales chosen, f32 `[E, N]`.
+    Returns latents and errors as `quantize_block` does, and the scales chosen, f32 `[E, N]`.
     """
     tried = fixed[None, ..., 0] if fixed is not None else format.candidates(columns.abs().amax(1), shared)
     steps = step(tried, None if shared is None else shared[..., 0])
-    values, errors, best = quantize_block(columns, factor, steps, format)
-    return values, errors, tried.gather(0, best[None])[0]
+    latents, errors, best = quantize_block(columns, factor, steps, format)
+    return latents, errors, tried.gather(0, best[None])[0]
 
 
 def quantize_block(
@@ -183,19 +206,19 @@ def quantize_block(
 
     Args:
         columns: f32 `[E, B, N]`; factor: f32 `[E, B, B]`; steps: f32 `[C, E, N]`.
-    Returns values on the grid, f32 `[E, B, N]`; errors (w - q) / factor_jj, likewise; the candidates chosen,
-    int64 `[E, N]`.
+    Returns what was rounded, in units of its step, f32 `[E, B, N]`; errors (w - q) / factor_jj, likewise; the
+    candidates chosen, int64 `[E, N]`.
     """
     work = columns.expand(len(steps), *columns.shape).clone()
-    values = torch.empty_like(work)
+    latents = torch.empty_like(work)
     total = torch.zeros_like(steps)
     for j in range(columns.shape[1]):
-        column = work[:, :, j]
-        values[:, :, j] = format.round(column / steps)
+        column, latent = work[:, :, j], latents[:, :, j]
+        torch.div(column, steps, out=latent)
         # The error takes the column's place.
-        column.sub_(values[:, :, j] * steps).div_(factor[:, j, j, None])
+        column.sub_(format.round(latent) * steps).div_(factor[:, j, j, None])
         total.addcmul_(column, column)
         work[:, :, j + 1 :] -= factor[:, j, j + 1 :, None] * column[:, :, None]
     best = total.argmin(0)
     index = best[None, :, None].expand(1, *columns.shape)
-    return values.gather(0, index)[0], work.gather(0, index)[0], best
+    return latents.gather(0, index)[0], work.gather(0, index)[0], best

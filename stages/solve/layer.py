@@ -1,5 +1,5 @@
-"""Solve one decoder layer: scales under the constraints of folding, then clipping or GPTQ on the folded
-weights.
+"""Solve one decoder layer: scales under the constraints of folding, then clipping, a search of block scales
+or GPTQ on the folded weights.
 
 Everything is named as the hub names it, the experts of a projection stacked under one name with `E` for their
 number. All experts are solved at once.
@@ -15,7 +15,7 @@ from stages.fold.folds import FoldSite, Operand, TensorFold, fold_norm
 from stages.formats import WeightFormat
 from stages.formats.quantized import Quantized
 from stages.formats.weight_format import tensor_amax
-from stages.solve import awq_clip, awq_lite, gptq
+from stages.solve import awq_clip, awq_lite, gptq, scale_search
 from stages.solve.moments import SiteStatistics, scaled, with_prior
 from state.errors import InputError
 from state.statistics import FEW_TOKENS
@@ -75,22 +75,28 @@ class LayerSolution:
 
 
 def solve_layer(
-    groups: Mapping[str, Group], places: list[Place], scales_by_awq: bool, clip: bool, damping: float | None
+    groups: Mapping[str, Group],
+    places: list[Place],
+    scales_by_awq: bool,
+    clip: bool,
+    sweep: bool,
+    damping: float | None,
 ) -> LayerSolution:
     """Solve the quantized weights of one layer.
 
     Args:
         groups: by the name of the site they read; only what the recipe quantizes.
         places: where scales can be folded.
-        scales_by_awq: search scales (awq_lite). clip: search clipping (awq_clip). damping: of
-            GPTQ, relative to the mean of H's diagonal; None to round to nearest.
+        scales_by_awq: search scales (awq_lite). clip: search clipping (awq_clip). sweep: search
+            block scales (local_hessian). damping: of GPTQ, relative to the mean of H's diagonal; None to
+            round to nearest.
     Raises InputError where one place feeds weights of different formats.
     """
     solution = LayerSolution()
     scales = _search(groups, places, solution) if scales_by_awq else {}
     for group in groups.values():
-        folded = _fold_group(group, places, scales, with_site=clip or damping is not None)
-        amax = _finish(folded, clip, damping, solution)
+        folded = _fold_group(group, places, scales, with_site=clip or sweep or damping is not None)
+        amax = _finish(folded, clip, sweep, damping, solution)
         solution.arrays |= {f"{name}@weight_amax": amax for name in folded.members}
     for group in groups.values():  # at the end: to look at the tokens is to wait for a GPU
         solution.policies += _few(group)
@@ -181,9 +187,9 @@ def _stacked(factor: Tensor | None, weights: Tensor) -> Tensor | None:
     return None if factor is None else factor.expand(len(weights), -1)
 
 
-def _finish(group: Group, clip: bool, damping: float | None, solution: LayerSolution) -> Tensor:
-    """Clip or compensate a folded group. Returns the amax its shared scale comes from, [E] ([] for one
-    linear).
+def _finish(group: Group, clip: bool, sweep: bool, damping: float | None, solution: LayerSolution) -> Tensor:
+    """Clip, rescale or compensate a folded group. Returns the amax its shared scale comes from, [E] ([] for
+    one linear).
     """
     weights = group.weights
     amax = tensor_amax(weights)
@@ -192,11 +198,12 @@ def _finish(group: Group, clip: bool, damping: float | None, solution: LayerSolu
         if group.format.grain == "tensor":
             amax = awq_clip.search_tensor(group.format, weights, moment).amax
         else:
-            found = awq_clip.search_block(group.format, weights, moment).amax
-            for name, own in group.split(found).items():
-                solution.arrays[f"{name}@amax"] = own if _is_stacked(name) else own[0]
+            _keep_blocks(group, awq_clip.search_block(group.format, weights, moment).amax, solution)
     if group.together:
         amax = amax.amax(0, keepdim=True).repeat(len(amax), 1, 1)
+    if sweep:
+        moment = with_prior(group.site, group.common_basis).second_moment
+        _keep_blocks(group, scale_search.search(group.format, weights, moment, amax).amax, solution)
     if damping is not None:
         moment = with_prior(group.site, group.common_basis).second_moment
         quantized = gptq.solve(weights, moment, group.format, amax=amax, damping=damping)
@@ -205,6 +212,12 @@ def _finish(group: Group, clip: bool, damping: float | None, solution: LayerSolu
                 solution.arrays[f"{name}@{name_of_field}"] = own if _is_stacked(name) else own[0]
     flat = amax.reshape(-1)
     return flat if _is_stacked(next(iter(group.members))) else flat[0]
+
+
+def _keep_blocks(group: Group, amax: Tensor, solution: LayerSolution) -> None:
+    """Keep what each block's scale comes from, by member: [E, ΣN, blocks]."""
+    for name, own in group.split(amax).items():
+        solution.arrays[f"{name}@amax"] = own if _is_stacked(name) else own[0]
 
 
 def _members(group: Group, quantized: Quantized) -> dict[str, Quantized]:

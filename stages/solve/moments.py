@@ -57,6 +57,22 @@ def squared_error(difference: Tensor, moment: Tensor) -> Tensor:
     return torch.matmul(difference, moment).mul_(difference).sum(dim=(-2, -1))
 
 
+def diagonal_blocks(second_moment: Tensor, size: int) -> Tensor:
+    """H's blocks on the diagonal, of `size` channels: f32 `[E, K, K]` → `[E, K/size, size, size]`."""
+    blocks = second_moment.shape[-1] // size
+    squares = second_moment.unflatten(1, (blocks, size)).unflatten(3, (blocks, size))
+    return squares.diagonal(dim1=1, dim2=3).permute(0, 3, 1, 2).contiguous()
+
+
+def block_errors(difference: Tensor, within: Tensor) -> Tensor:
+    """What each block alone contributes to the output's squared error, Δ_b H_bb Δ_bᵀ: f32 `[E, N, blocks]`.
+
+    difference: f32 `[E, N, blocks, size]`. within: from `diagonal_blocks`.
+    """
+    parts = difference.transpose(1, 2)
+    return (torch.matmul(parts, within) * parts).sum(-1).transpose(1, 2)
+
+
 def chunks(count: int, elements: int) -> Iterator[slice]:
     """Cut an axis of `count` entries (experts, candidates) so that a tensor of `elements` per entry stays
     within CHUNK_ELEMENTS."""

@@ -259,6 +259,16 @@ def test_mxfp4_experts_of_gpt_oss(schedule: str, tmp_path: Path) -> None:
     assert found[name].equal(meant[name]) and not any(key.endswith(("_blocks", "_scales")) for key in found)
 
 
+@pytest.mark.parametrize("recipe", ["nvfp4_awq_full", "general/ptq/nvfp4_default-kv_none-gptq"])
+def test_mxfp4_experts_solved(recipe: str, tmp_path: Path) -> None:
+    runs = run_both(tmp_path, write_gpt_oss(tmp_path), recipe=recipe)
+    require_same_measured(runs)
+    assert require_same_solved(runs) > 10
+    out, _ = export_both(tmp_path, runs, recipe)
+    found = load_file(out / "model.safetensors")
+    assert found["model.layers.1.mlp.experts.gate_up_proj"].dtype == torch.uint8
+
+
 def bare_codes(name: str, weight: torch.Tensor) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
     return {name: weight.to(torch.float8_e4m3fn)}, weight
 

@@ -38,6 +38,7 @@ class SolverPass:
         stop: raised as Interrupted while a layer is solved, which may take minutes: without its end the layer
         has to be solved again anyway.
         require_finite: called with a layer before it is solved; raises where it saw inf or NaN.
+        read: a hub tensor as the source has it. Export folds scales into that; in memory a norm may be wider.
     """
 
     def __init__(
@@ -51,11 +52,12 @@ class SolverPass:
         attributes: dict[str, Any],
         stop: StopRequest,
         require_finite: Callable[[int], None],
+        read: Callable[[str], Tensor],
     ) -> None:
         self.solver, self.quantizers, self.skeleton = solver, quantizers, skeleton
         self.statistics, self.prover = statistics, prover
         self.solved, self.attributes, self.stop = set(solved), attributes, stop
-        self.require_finite = require_finite
+        self.require_finite, self.read = require_finite, read
         self.modules = _modules_by_layer(quantizers)
 
     def missing(self, layer: int) -> bool:
@@ -92,6 +94,7 @@ class SolverPass:
                 self._places(folds),
                 scales_by_awq=self.solver.searches_scales,
                 clip=method in ("awq_clip", "awq_full"),
+                sweep=method == "local_hessian",
                 damping=self.solver.damping if method == "gptq" else None,
             )
         attributes |= {"method": method, "policies": found.policies, "kept_at_one": folds.impossible}
@@ -167,13 +170,10 @@ class SolverPass:
                 name,
                 {stacked_name(part.module): part for part in site.divided if len(part.shape) > 1},
                 tuple(dict.fromkeys(stacked_name(part.module) for part in site.consumers)),
-                self._parameter(site.sources[0].tensor) if site.kind == "norm" else None,
+                self.read(site.sources[0].tensor).to(self._device()) if site.kind == "norm" else None,
             )
             for name, site in _stacked_sites(folds).items()
         ]
-
-    def _parameter(self, tensor: str) -> Tensor:
-        return self.skeleton.model.get_parameter(self.skeleton.parameter_of[tensor][0]).detach()
 
     def _device(self) -> torch.device:
         return next(iter(self.statistics.tokens.values())).device

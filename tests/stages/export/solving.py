@@ -141,7 +141,7 @@ def _solve(
 ) -> tuple[Quantized, Tensor, Tensor | None]:
     """Weights of one group `[1, N, K]` → quantized, amax of the tensor scale `[]`, of the blocks or None."""
     amax = tensor_amax(weights)
-    if solver.method in ("awq_clip", "awq_full") and per_block:
+    if solver.method in ("awq_clip", "awq_full", "local_hessian") and per_block:
         own, shared = CLIP * weight_format.block_amax(weights), weight_format.search_scale(weights)
         scale = weight_format.scales_from_amax(own, shared)
         return quantize(weight_format, weights, scale, shared), amax.reshape(()), own

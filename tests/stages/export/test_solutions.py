@@ -75,6 +75,7 @@ def assert_exact(out: Path, weights: dict[str, Tensor]) -> dict[str, Tensor]:
         ("nvfp4_awq_clip", False),
         ("nvfp4_awq_full", False),
         ("nvfp4_awq_full", True),
+        ("nvfp4_w4a4_weight_local_hessian", True),
         (GPTQ, False),
     ],
 )

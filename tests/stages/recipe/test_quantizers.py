@@ -63,6 +63,7 @@ def test_values_a_recipe_fixes(skeleton: Skeleton) -> None:
     [
         ("nvfp4_awq_full", NVFP4, True),
         ("general/ptq/nvfp4_default-kv_none-gptq", NVFP4, True),
+        ("nvfp4_w4a4_weight_local_hessian", NVFP4, True),
         ("int4_awq", INT4_AWQ, False),
         ("w4a8_awq_beta", W4A8_AWQ, True),
         ("int8_smoothquant", INT8_SQ, True),

@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from stages.formats import INT4_AWQ, INT8_SQ, NVFP4, WeightFormat
+from stages.formats import FP8, INT4_AWQ, INT8_SQ, NVFP4, WeightFormat
 from stages.recipe.quantizer_plan import QuantizerPlan
 from stages.recipe.recipes import Recipe, resolve
 from stages.recipe.solvers import array_name, solver_of, stacked_name
@@ -49,6 +49,7 @@ def test_the_id_follows_what_changes_the_result() -> None:
         solver_id("gptq"),
         solver_id("gptq", perc_damp=0.1),
         solver_id("gptq", awq_first=True),
+        solver_id("local_hessian"),
     ]
     assert len({plain, *others}) == len(others) + 1
 
@@ -59,6 +60,12 @@ def test_the_id_follows_what_changes_the_result() -> None:
         (plan("awq_lite", alpha_step=0.2), r"alpha_step=0.2; only 0.1 is supported"),
         (plan("gptq", awq_first=True, alpha_step=0.2), r"alpha_step=0.2; only 0.1 is supported"),
         (plan("awq_clip", zero_point=True), r"zero_point=True; it is not supported"),
+        (plan("local_hessian", fp8_scale_sweep=False), r"fp8_scale_sweep=False; only True is supported"),
+        (plan("local_hessian", block_size=32), r"block_size=32; only 16 is supported"),
+        (
+            plan("local_hessian", {"layers.0.up": FP8}),
+            r"layers.0.up to fp8 .*, which local_hessian can't solve; supported: nvfp4 in blocks of 16$",
+        ),
         (plan("mse"), r"algorithm 'mse'; supported: max, awq_lite"),
         (plan("smoothquant"), r"layers.0.up to nvfp4 in blocks of 16, which smoothquant can't.*: int8_sq"),
         (
@@ -77,6 +84,7 @@ def test_shipped_recipes_have_solvers() -> None:
         "nvfp4_awq_lite",
         "nvfp4_awq_clip",
         "nvfp4_awq_full",
+        "nvfp4_w4a4_weight_local_hessian",
         "general/ptq/nvfp4_default-kv_none-gptq",
     ):
         recipe = resolve(name)

@@ -22,6 +22,7 @@ from tests.stages.calibrate import families, runs
 from tests.stages.calibrate.runs import Crash, Interrupting, crash
 from tests.stages.export import solving, support
 
+LOCAL_HESSIAN = "nvfp4_w4a4_weight_local_hessian"
 GPTQ = "general/ptq/nvfp4_default-kv_none-gptq"
 AWQ_LITE = "nvfp4_awq_lite"
 FIELD_TYPES = {"up_proj@values": np.int8, "up_proj@losses": np.float32}
@@ -89,7 +90,7 @@ def moe(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_inputs(tmp_path_factory.mktemp("moe"), "qwen3_moe")
 
 
-@pytest.mark.parametrize("recipe", ["nvfp4", "nvfp4_awq_full", GPTQ])
+@pytest.mark.parametrize("recipe", ["nvfp4", "nvfp4_awq_full", LOCAL_HESSIAN, GPTQ])
 @pytest.mark.parametrize("batches", [2, 5])
 def test_after_a_crash_in_a_layer_the_end_is_the_same(
     moe: Path, tmp_path: Path, recipe: str, batches: int

@@ -109,8 +109,12 @@ def test_a_json_file_may_hold_lines_or_an_array(tmp_path: Path, monkeypatch: pyt
         ("a.jsonl.gz", b"no gzip", r"a\.jsonl\.gz: not readable as gzip"),
         ("a.jsonl.zst", b"no zstd", r"a\.jsonl\.zst: not readable as zstd"),
         ("a.parquet.gz", b"no gzip", r"a\.parquet\.gz: not readable as (gzip|Parquet)"),
-        ("a.jsonl.gz", gzip.compress(b'{"text": "one"}\n' * 9)[:-9], r"a\.jsonl\.gz: not readable as gzip"),
-        ("a.jsonl.gz", gzip.compress(b'{"text": "\xff"}\n'), r"a\.jsonl\.gz: not UTF-8"),
+        (
+            "a.jsonl.gz",
+            gzip.compress(b'{"text": "one"}\n' * 9, mtime=0)[:-9],
+            r"a\.jsonl\.gz: not readable as gzip",
+        ),
+        ("a.jsonl.gz", gzip.compress(b'{"text": "\xff"}\n', mtime=0), r"a\.jsonl\.gz: not UTF-8"),
         ("a.arrow", b"no arrow at all", r"a\.arrow: not readable as Arrow"),
     ],
 )
