@@ -45,6 +45,11 @@ class Group:
         """All members along the output axis, [E, ΣN, K]."""
         return torch.cat(list(self.members.values()), dim=1)
 
+    @property
+    def moment(self) -> Tensor:
+        """H that weights are judged by, each expert's with its prior: f32 [E, K, K]."""
+        return with_prior(self.site, self.common_basis).second_moment
+
     def split(self, values: Tensor) -> dict[str, Tensor]:
         """Give each member its rows of [E, ΣN, ...] back."""
         sizes = [weights.shape[1] for weights in self.members.values()]
@@ -194,19 +199,16 @@ def _finish(group: Group, clip: bool, sweep: bool, damping: float | None, soluti
     weights = group.weights
     amax = tensor_amax(weights)
     if clip:
-        moment = with_prior(group.site, group.common_basis).second_moment
         if group.format.grain == "tensor":
-            amax = awq_clip.search_tensor(group.format, weights, moment).amax
+            amax = awq_clip.search_tensor(group.format, weights, group.moment).amax
         else:
-            _keep_blocks(group, awq_clip.search_block(group.format, weights, moment).amax, solution)
+            _keep_blocks(group, awq_clip.search_block(group.format, weights, group.moment).amax, solution)
     if group.together:
         amax = amax.amax(0, keepdim=True).repeat(len(amax), 1, 1)
     if sweep:
-        moment = with_prior(group.site, group.common_basis).second_moment
-        _keep_blocks(group, scale_search.search(group.format, weights, moment, amax).amax, solution)
+        _keep_blocks(group, scale_search.search(group.format, weights, group.moment, amax).amax, solution)
     if damping is not None:
-        moment = with_prior(group.site, group.common_basis).second_moment
-        quantized = gptq.solve(weights, moment, group.format, amax=amax, damping=damping)
+        quantized = gptq.solve(weights, group.moment, group.format, amax=amax, damping=damping)
         for name, member in _members(group, quantized).items():
             for name_of_field, own in member.encoded().items():
                 solution.arrays[f"{name}@{name_of_field}"] = own if _is_stacked(name) else own[0]

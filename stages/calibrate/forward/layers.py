@@ -41,14 +41,14 @@ Outside = Callable[[], AbstractContextManager[object]]
 class LayerStep:
     """A decoder layer that all batches have gone through; its weights stay until the next step is taken.
 
-    rehearsal: how copies of it are called.
+    rehearsal: how copies of it are called, where that was asked for.
     """
 
     layer: int
     name: str
     module: nn.Module
     states: HiddenStates
-    rehearsal: Rehearsal
+    rehearsal: Rehearsal | None
 
     def seal(self) -> None:
         """Keep what is behind this layer for the next process to go on from: see `HiddenStates.seal`."""
@@ -172,8 +172,10 @@ class LayerwiseForward:
             self._calls.drop(layer)
             self._states.turn()
 
-    def _rehearsal(self, layer: int) -> Rehearsal:
+    def _rehearsal(self, layer: int) -> Rehearsal | None:
         """With the short window, where hidden states alone are handed on; else with the first batch."""
+        if not self._rehearsing:
+            return None
         if self._short_shape is not None and not self._beside_first:
             return Rehearsal(self._short, layer, 0, {}, self._short_shape, self._returns)
         return Rehearsal(self._calls, layer, 0, self._beside_first, self._first_shape, self._returns)
@@ -205,7 +207,7 @@ class LayerwiseForward:
         `LayerwiseForward`."""
         for batch in range(len(self._batches)):
             state = self._enter(layer, batch) if entering else self._states.read(batch)
-            if batch == 0:
+            if batch == 0 and self._rehearsing:
                 self._first_shape = state[HIDDEN].shape
                 self._beside_first = {name: value.clone() for name, value in state.items() if name != HIDDEN}
             state = self._calls.bind(layer, batch, state).run(module, self._returns)

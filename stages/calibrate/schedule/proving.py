@@ -57,6 +57,7 @@ class Prover:
 
     def _verdict(self, step: LayerStep, tried: list[Attempt]) -> Verdict:
         """What the layer's copy shows. Where none can be run, nothing is proven."""
+        assert step.rehearsal is not None  # whoever has a solver has layers rehearsed
         failure: Exception | None = None
         for device in places_for(step.module):
             try:
