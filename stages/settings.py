@@ -146,7 +146,7 @@ class CalibrateSettings(Settings):
 
 class ExportSettings(Settings):
     """One export. The policies `unseen`, `conflict`, `dead` and `expert_input_scale` are those of
-    stages/export/unify.py.
+    stages/unify.py.
     """
 
     run: Folder = Field(description="Folder of the run.")

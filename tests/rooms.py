@@ -10,7 +10,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("stages.capture",),
     ("stages.calibrate", "stages.export", "stages.verify"),
     ("stages.recipe", "stages.solve", "stages.engines"),
-    ("stages.model", "stages.fold", "stages.formats", "stages.kernels"),
+    ("stages.model", "stages.fold", "stages.formats", "stages.kernels", "stages.unify"),
     ("stages.commands",),
     ("stages.settings", "stages.progress"),
     ("state",),

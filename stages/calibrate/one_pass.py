@@ -19,6 +19,7 @@ from stages.calibrate.prepare import Prepared, probe_loaded
 from stages.calibrate.schedule.choose import Name, solved_layers, unsolved_layers
 from stages.calibrate.schedule.layerwise import LayerByLayer
 from stages.calibrate.schedule.proving import Prover
+from stages.calibrate.schedule.quantized_stream import QuantizedStream
 from stages.calibrate.schedule.solving import SolverPass
 from stages.calibrate.schedule.steps import Schedule, Step
 from stages.calibrate.schedule.whole import WholeModel
@@ -166,12 +167,16 @@ class Pass:
         prover = Prover(work.skeleton, parts, self._proofs(work.solver.id, solved), self.progress.note)
         attributes = {"environment": work.environment.model_dump(mode="json")}
 
+        solver, stream = work.solver, None
+        if solver.two_streams:
+            stream = QuantizedStream(work.skeleton, work.quantizers, statistics)
+
         def require_finite(layer: int) -> None:
             if not statistics.is_finite(layer):
                 self._refuse_overflow(statistics.layout, statistics.snapshot())
 
         return SolverPass(
-            work.solver,
+            solver,
             work.quantizers,
             work.skeleton,
             statistics,
@@ -181,6 +186,8 @@ class Pass:
             self.stop,
             require_finite,
             lambda name: read_tensor(work.source, name),
+            stream,
+            lambda layer: open_run(self.settings.run).solution(solver.id, layer),
         )
 
     def _proofs(self, solver_id: str, solved: set[int]) -> list[LayerProof]:

@@ -9,18 +9,19 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-from stages.export.observed import Observed, input_quantizer
+from stages.export.observed import Observed
 from stages.export.rescale import Rescaling, folded, kept_apart, smoothed
 from stages.export.solved import Solved
-from stages.export.unify import PolicyUse, connected, merge
 from stages.fold.folds import FoldMap
 from stages.fold.sites import fold_map
 from stages.model.weights import largest_magnitude, read_tensor
 from stages.recipe.model_plan import ModelPlan, Scales
 from stages.recipe.quantizer_plan import QuantizerPlan
 from stages.recipe.solvers import Solver
+from stages.recipe.unified_inputs import input_quantizer
 from stages.settings import Fold
 from stages.solve.smoothquant import pre_quant_scale
+from stages.unify import PolicyUse, connected, merge
 from state.errors import InputError
 from state.names import split_name
 from state.reader import Calibration

@@ -10,12 +10,12 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from stages.export.unify import PolicyUse
 from stages.formats import WeightFormat
 from stages.model.dequantize.source import microscales, powers_of_two
 from stages.model.matrices import StoredMatrix
 from stages.recipe.quantizer_plan import QuantizerPlan
 from stages.recipe.solvers import Solver
+from stages.unify import PolicyUse
 from state.errors import InputError
 from state.source import Source
 

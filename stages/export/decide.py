@@ -7,10 +7,11 @@ import torch
 from torch import Tensor
 
 from stages.export import scales
-from stages.export.observed import Observed, expert_families, input_quantizer, kv_quantizers
-from stages.export.unify import ExpertFamily, Policies, PolicyUse, unify
+from stages.export.observed import Observed, kv_quantizers
 from stages.export.units import kv_scale_names
 from stages.recipe.quantizer_plan import QuantizerPlan
+from stages.recipe.unified_inputs import unified_inputs
+from stages.unify import Policies, PolicyUse, unify
 
 UNIT_SCALE = 1.0
 """The cache scale of recipes that fix it (`*_cast`); written out, since engines warn about a missing one."""
@@ -49,20 +50,12 @@ def decide(
         policies.dead,
         quantizers.together | quantizers.merged,
     )
-    inputs = unify(
-        found.inputs,
-        [[input_quantizer(module) for module in group] for group in same_input],
-        [[input_quantizer(module) for module in group] for group in engine_fused],
-        _families(quantizers),
-        policies,
-    )
+    inputs, input_uses = unified_inputs(found.inputs, quantizers, same_input, engine_fused, policies)
     kv = unify(found.kv, policies=policies)
     result: dict[str, Tensor] = {}
     weights_only = set()
     for module in quantizers.inputs:
-        amax = inputs.amax.get(input_quantizer(module))
-        if module in quantizers.constant_inputs:
-            amax = torch.tensor(quantizers.constant_inputs[module], dtype=torch.float32)
+        amax = inputs.get(module)
         if amax is None:
             weights_only.add(module)
         else:
@@ -77,16 +70,4 @@ def decide(
         for name, quantizer in zip(kv_scale_names(attention), kv_quantizers(attention), strict=True):
             amax = kv.amax.get(quantizer)
             result[name] = torch.tensor(UNIT_SCALE) if amax is None else scales.kv_scale(amax)
-    return Decisions(result, frozenset(weights_only), (*inputs.uses, *weights.uses, *kv.uses))
-
-
-def _families(quantizers: QuantizerPlan) -> list[ExpertFamily]:
-    return [
-        ExpertFamily(
-            name,
-            tuple(input_quantizer(module) for module in members),
-            members[0] in quantizers.fused_experts,
-            members[0] in quantizers.together,
-        )
-        for name, members in expert_families(quantizers.inputs).items()
-    ]
+    return Decisions(result, frozenset(weights_only), (*input_uses, *weights.uses, *kv.uses))

@@ -1,15 +1,14 @@
 """What a run observed for the quantizers of a plan, read from the store into tensors."""
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from stages.recipe.quantizer_plan import QuantizerPlan
-from stages.recipe.solvers import stacked_name
+from stages.recipe.unified_inputs import input_quantizer
 from state.errors import InputError
-from state.names import Role, Site, split_name
+from state.names import Role, Site
 from state.reader import Calibration
 
 KV_ROLES: tuple[Role, Role] = ("k", "v")
@@ -26,11 +25,6 @@ class Observed:
     inputs: dict[str, Tensor]
     kv: dict[str, Tensor]
     weights: dict[str, Tensor]
-
-
-def input_quantizer(module: str) -> str:
-    """Name of a module's input quantizer in hub names, as reports show it."""
-    return f"{module}.input_quantizer"
 
 
 def kv_quantizers(attention: str) -> tuple[str, str]:
@@ -56,19 +50,6 @@ def observed(run: Calibration, quantizers: QuantizerPlan) -> Observed:
     }
     weights = {module: _tensor(run, "weight_amax", Site(module, "weight")) for module in quantizers.weights}
     return Observed(inputs, kv, weights)
-
-
-def expert_families(modules: Iterable[str]) -> dict[str, list[str]]:
-    """The experts of each layer by projection: `model.layers.3.mlp.experts.E.up_proj` → modules, in order.
-
-    Modules that belong to no numbered expert are left out.
-    """
-    families: dict[str, dict[int, str]] = {}
-    for module in modules:
-        expert = split_name(module)[2]
-        if expert is not None:
-            families.setdefault(stacked_name(module), {})[expert] = module
-    return {name: [members[expert] for expert in sorted(members)] for name, members in families.items()}
 
 
 def _amax(run: Calibration, site: Site) -> Tensor:

@@ -15,7 +15,6 @@ from stages.export.records import REPORT
 from stages.export.report import ExportReport, describe
 from stages.export.shards import index
 from stages.export.tensors import Ingredients
-from stages.export.unify import Policies
 from stages.export.units import Shard, assign_shards, check_engine_rules, check_widths, plan_units
 from stages.model.cast_source import told_of_cast
 from stages.model.dequantize.source import open_source, told_of_quantized
@@ -28,6 +27,7 @@ from stages.recipe.model_plan import ModelPlan, make_plan
 from stages.recipe.recipes import Recipe
 from stages.recipe.solvers import solver_of
 from stages.settings import ExportSettings
+from stages.unify import Policies
 from state.errors import InputError
 from state.identity import digest
 from state.reader import Calibration, open_run

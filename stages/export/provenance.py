@@ -5,11 +5,11 @@ from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
 
-from stages.export.unify import Policies
 from stages.export.units import Shard
 from stages.model.folder import recorded_code, tokenizer_digests
 from stages.recipe.recipes import Recipe
 from stages.recipe.solvers import Solver
+from stages.unify import Policies
 from state.errors import Difference, IdentityMismatch
 from state.identity import digest_json
 from state.objects import ZARR

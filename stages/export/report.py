@@ -6,8 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from stages.export.unify import PolicyUse
 from stages.export.units import Shard
+from stages.unify import PolicyUse
 
 
 @dataclass(frozen=True)

@@ -12,8 +12,9 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-from stages.export.observed import Observed, input_quantizer, kv_quantizers
+from stages.export.observed import Observed, kv_quantizers
 from stages.fold.folds import FoldMap, FoldSite, fold_norm
+from stages.recipe.unified_inputs import input_quantizer
 from state.errors import InputError
 
 

@@ -9,11 +9,11 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from stages.export.unify import Unified, connected, floor_dead, merge
 from stages.formats import WeightFormat
 from stages.formats.grids import E4M3_MAX
 from stages.model.raw import raw_bytes
 from stages.settings import DeadPolicy
+from stages.unify import Unified, connected, floor_dead, merge
 from state.errors import InputError
 
 

@@ -11,10 +11,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from stages.commands import calibrate_command
-from stages.export.unify import PolicyUse
 from stages.fold.proof import LayerProof
 from stages.recipe.quantizer_plan import QuantizerPlan
 from stages.recipe.solvers import Solver, array_name
+from stages.unify import PolicyUse
 from state.errors import DamagedStore, InputError
 from state.names import split_name
 from state.objects import solutions

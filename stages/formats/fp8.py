@@ -36,6 +36,12 @@ class Fp8(WeightFormat):
     def round(self, x: Tensor) -> Tensor:
         return round_e4m3(x)
 
+    def round_input(self, x: Tensor, scale: Tensor) -> Tensor:
+        return (round_e4m3(x.float() / scale) * scale).to(x.dtype)
+
+    def decode(self, codes: Tensor) -> Tensor:
+        return codes.view(torch.float8_e4m3fn).float()
+
     def tensor_scale(self, amax: Tensor) -> Tensor:
         return amax / E4M3_MAX
 

@@ -43,6 +43,9 @@ class Int4Awq(WeightFormat):
     def round(self, x: Tensor) -> Tensor:
         return round_int4(x)
 
+    def decode(self, codes: Tensor) -> Tensor:
+        return decode_int4(codes.view(torch.uint8))
+
     def gptq_on_gpu(
         self, columns: Tensor, factor: Tensor, tensor_scale: Tensor | None, fixed: Tensor | None
     ) -> tuple[Tensor, Tensor, Tensor] | None:

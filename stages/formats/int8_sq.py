@@ -30,6 +30,12 @@ class Int8Sq(WeightFormat):
     def round(self, x: Tensor) -> Tensor:
         return round_int8(x)
 
+    def round_input(self, x: Tensor, scale: Tensor) -> Tensor:
+        return (round_int8(x.float() / scale) * scale).to(x.dtype)
+
+    def decode(self, codes: Tensor) -> Tensor:
+        return codes.view(torch.int8).float()
+
     def gptq_on_gpu(
         self, columns: Tensor, factor: Tensor, tensor_scale: Tensor | None, fixed: Tensor | None
     ) -> tuple[Tensor, Tensor, Tensor] | None:

@@ -54,6 +54,17 @@ class Nvfp4(WeightFormat):
     def round(self, x: Tensor) -> Tensor:
         return round_e2m1(x)
 
+    def round_input(self, x: Tensor, scale: Tensor) -> Tensor:
+        """Block scales in e4m3, at most 448; a block too small for any becomes zeros, as in engines."""
+        blocks = self.blocks(x).float()
+        stored = (blocks.abs().amax(-1, keepdim=True) / (E2M1_MAX * scale)).clamp_(max=E4M3_MAX)
+        steps = stored.to(torch.float8_e4m3fn).float() * scale
+        values = round_e2m1(blocks / steps.masked_fill(steps == 0, torch.inf))
+        return (values * steps).flatten(-2).to(x.dtype)
+
+    def decode(self, codes: Tensor) -> Tensor:
+        return decode_e2m1(codes.view(torch.uint8))
+
     def search_scale(self, weights: Tensor, amax: Tensor | None = None) -> Tensor | None:
         amax = tensor_amax(weights) if amax is None else amax.float()
         return self.tensor_scale(amax).masked_fill_(~(amax > 0), 1.0)

@@ -34,6 +34,22 @@ class Quantized:
         return {"values": _storable(self.format.encode(self.values)), "block_scale": _storable(self.scale)}
 
     @staticmethod
+    def decoded(
+        format: WeightFormat, values: Tensor, block_scale: Tensor, amax: Tensor | None
+    ) -> "Quantized":
+        """What `encoded` was made of.
+
+        Args:
+            amax: f32 `[...]`, what the tensor scale comes from, where the format has one beside block scales.
+        """
+        scale = block_scale.view(format.scale_dtype)
+        shared = None
+        if format.grain == "block" and format.tensor_leaf is not None:
+            assert amax is not None
+            shared = format.search_scale(torch.empty(0), amax[..., None, None])
+        return Quantized(format, format.decode(values), scale, shared)
+
+    @staticmethod
     def concatenate(parts: Sequence["Quantized"]) -> "Quantized":
         """Join along the first axis (experts)."""
         shared = [part.tensor_scale for part in parts if part.tensor_scale is not None]

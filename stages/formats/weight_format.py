@@ -114,6 +114,17 @@ class WeightFormat(ABC):
     def round(self, x: Tensor) -> Tensor:
         """The nearest values on the grid."""
 
+    def round_input(self, x: Tensor, scale: Tensor) -> Tensor:
+        """What an engine multiplies with for an input x, `[..., K]` of any float dtype, under the stored
+        input scale, f32 `[]`; in x's dtype.
+        """
+        raise NotImplementedError(f"the inputs of {self.name} can't be simulated")
+
+    @abstractmethod
+    def decode(self, codes: Tensor) -> Tensor:
+        """Codes as a checkpoint holds them, or their bytes as int8, to values on the grid, f32 `[..., N,
+        K]`."""
+
     def search_scale(self, weights: Tensor, amax: Tensor | None = None) -> Tensor | None:
         """The tensor scale that solvers divide block scales by: f32 `[..., 1, 1]`; None for formats whose
         block scales stand alone.

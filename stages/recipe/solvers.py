@@ -19,6 +19,9 @@ Method = Literal["awq_lite", "awq_clip", "awq_full", "gptq", "local_hessian", "s
 MATHS_VERSION = 4
 """Goes up when a change of stages/solve changes what a solver finds."""
 
+TWO_STREAMS = "rounded, behind quantized layers, unified by default"
+"""The inputs that solvers with two streams see, in their identity."""
+
 AWQ_LITE_FIXED = {"alpha_step": 0.1}
 AWQ_CLIP_FIXED = {"min_clip_ratio": 0.5, "shrink_step": 0.05}
 LOCAL_HESSIAN_FIXED: dict[str, float] = {"fp8_scale_sweep": True, "block_size": 16}
@@ -57,6 +60,13 @@ class Solver:
     id: str
 
     @property
+    def two_streams(self) -> bool:
+        """Whether it sees inputs as engines will: out of quantized layers, rounded. Where scales are searched
+        too, they would have to be folded into each layer first.
+        """
+        return self.method == "gptq" and not self.awq_first
+
+    @property
     def searches_scales(self) -> bool:
         """Whether it searches a scale for input channels, to be folded into what stands before them."""
         return self.method in ("awq_lite", "awq_full") or self.awq_first
@@ -88,7 +98,7 @@ def solver_of(quantizers: QuantizerPlan) -> Solver | None:
                 f"which {method} can't solve; supported: {', '.join(solved)}"
             )
     weights = sorted((name, weight.name, weight.block_size) for name, weight in quantizers.weights.items())
-    identity = {
+    identity: dict[str, Any] = {
         "method": method,
         "awq_first": recipe.awq_first,
         "damping": damping,
@@ -96,6 +106,8 @@ def solver_of(quantizers: QuantizerPlan) -> Solver | None:
         "weights": weights,
         "maths": MATHS_VERSION,
     }
+    if method == "gptq" and not recipe.awq_first:
+        identity["inputs"] = TWO_STREAMS
     short = digest_json(identity).rpartition(":")[2][:8]
     return Solver(method, recipe.awq_first, method != "smoothquant", damping, alpha, f"{method}-{short}")
 

@@ -30,10 +30,11 @@ class Limits:
 
 class Buffer(Protocol):
     """Room for one boundary. Each batch is written once, and what is written is the buffer's from then on;
-    a buffer in memory is read once per batch, and what is read is the caller's own."""
+    a buffer in memory is read once per batch, and what is read or peeked at is the caller's own."""
 
     def write(self, batch: int, state: State) -> None: ...
     def read(self, batch: int) -> State: ...
+    def peek(self, batch: int) -> State: ...
     def drop(self) -> None: ...
 
 
@@ -54,6 +55,13 @@ class MemoryBuffer:
         """A batch's state on the compute device, let go here."""
         state = self._states.pop(batch)
         return {name: value.to(self._device, non_blocking=True) for name, value in state.items()}
+
+    def peek(self, batch: int) -> State:
+        """A copy of a batch's state on the compute device; it stays here too."""
+        return {
+            name: value.to(self._device, non_blocking=True, copy=True)
+            for name, value in self._states[batch].items()
+        }
 
     def drop(self) -> None:
         """Let go of everything."""
@@ -136,6 +144,8 @@ class FileBuffer:
     def read(self, batch: int) -> State:
         """A batch's state on the compute device."""
         return {name: self._read(block).to(self._device) for name, block in self.blocks[batch].items()}
+
+    peek = read
 
     def _read(self, block: Block) -> torch.Tensor:
         value = torch.empty(block.shape, dtype=getattr(torch, block.dtype))

@@ -13,11 +13,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
 from stages.calibrate.forward.beside import Beside
 from stages.calibrate.forward.buffers import HIDDEN, Buffer, Limits, State, open_buffer
 from stages.model.decoder import LayerwiseUnsupported
+
+Layer = Callable[..., Any]
+"""A decoder layer, or what is called in its place."""
 
 
 @dataclass(frozen=True)
@@ -193,13 +195,15 @@ class Calls:
             self._own[layer] = open_buffer(path, self._device, needed, self._limits)
         return self._own[layer]
 
-    def bind(self, layer: int, batch: int, state: State) -> "BoundCall":
-        """The call of a layer for a batch whose state is given."""
+    def bind(self, layer: int, batch: int, state: State, last: bool = True) -> "BoundCall":
+        """The call of a layer for a batch whose state is given. last: it is not made again."""
         calls = self._calls[self._shape_of[batch]]
         call = calls[layer]
         carried = {name: kind() for name, kind in call.carried().items()}
         unpack_carried(state, carried)
-        own = self._own[layer].read(batch) if (layer, batch) in self._has_own else {}
+        own: State = {}
+        if (layer, batch) in self._has_own:
+            own = self._own[layer].read(batch) if last else self._own[layer].peek(batch)
 
         def replace(value: Any) -> Any:
             match value:
@@ -241,7 +245,7 @@ class BoundCall:
     carried: dict[str, MutableMapping[Any, Any]]
     wanted: set[int]
 
-    def run(self, module: nn.Module, returns: int) -> State:
+    def run(self, module: Layer, returns: int) -> State:
         """The state after the layer. returns: what `examine` found the parent to take from each layer.
 
         Raises:

@@ -16,8 +16,10 @@ from stages.calibrate.forward.buffers import Buffer, FileBuffer, Limits, State, 
 from stages.calibrate.forward.kept import Boundary, BrokenRecord, Circumstances, read_boundary
 from state.errors import DamagedStore
 
-HIDDEN_FOLDER, ARGUMENTS_FOLDER = "hidden", "arguments"
-"""In the folder of a layer-by-layer pass: boundaries, and arguments that differ from batch to batch."""
+HIDDEN_FOLDER, SECOND_FOLDER, ARGUMENTS_FOLDER = "hidden", "hidden-quantized", "arguments"
+"""In the folder of a layer-by-layer pass: boundaries of both streams, and arguments that differ from batch to
+batch.
+"""
 
 OURS = re.compile(r"(before-)?\d{6}\.(raw|json)(\.tmp)?")
 """Names of the files that are made here; older versions kept records beside the folder as `before-N.json`."""
@@ -58,6 +60,7 @@ class HiddenStates:
         """Go on from the last whole boundary at or before a layer, as an earlier process left it. Returns the
         layer that it is before; 0, whose inputs are not kept here, where there is none.
         """
+        self._let_go()
         self.layer, found = 0, False
         for number in self._recorded(layer):
             found = True
@@ -93,10 +96,19 @@ class HiddenStates:
     def write(self, batch: int, state: State) -> None:
         """Put a batch's state at the boundary after the current layer."""
         if self._after is None:
-            # A batch is between two boundaries at a time; the first batch is the largest.
-            needed = (self._batches + 1) * sum(value.nbytes for value in state.values())
-            self._after = open_buffer(self._path(self.layer + 1), self._device, needed, self._limits)
+            path = self._path(self.layer + 1)
+            self._after = open_buffer(path, self._device, self._needed(state), self._limits)
         self._after.write(batch, state)
+
+    def enter(self, batch: int, state: State) -> None:
+        """Put a batch's state before the first layer, where that has to be read again."""
+        if self._before is None:
+            self._before = open_buffer(self._path(0), self._device, self._needed(state), self._limits)
+        self._before.write(batch, state)
+
+    def _needed(self, state: State) -> int:
+        # A batch is between two boundaries at a time; the first batch is the largest.
+        return (self._batches + 1) * sum(value.nbytes for value in state.values())
 
     def read(self, batch: int) -> State:
         """A batch's state before the current layer, on the device; asked for once, and the caller's own to
@@ -108,6 +120,17 @@ class HiddenStates:
         if self._before is None:
             raise ValueError("there is no boundary to read yet")
         return self._before.read(batch)
+
+    def peek(self, batch: int) -> State:
+        """As `read`, for a batch that is yet to be read."""
+        if self._before is None:
+            raise ValueError("there is no boundary to read yet")
+        return self._before.peek(batch)
+
+    def peek_behind(self, batch: int) -> State:
+        """A copy of a batch's state behind the current layer."""
+        assert self._after is not None
+        return self._after.peek(batch)
 
     def seal(self) -> None:
         """Make the boundary after the current layer durable, with its record, before this layer is committed.
@@ -138,6 +161,12 @@ class HiddenStates:
         self._uncommitted = self._before = self._after = None
         self._clean(keep=0)
 
+    def _let_go(self) -> None:
+        """Close what an earlier `restore` opened."""
+        if isinstance(self._before, FileBuffer):
+            self._before.close()
+        self._before = None
+
     def _drop_uncommitted(self) -> None:
         if self._uncommitted is not None:
             # The record first: without its file it would be damage.
@@ -163,14 +192,15 @@ def discard(folder: Path) -> list[Path]:
     Returns what else is in it, which stays.
     """
     left: list[Path] = []
-    for place in (folder / HIDDEN_FOLDER, folder / ARGUMENTS_FOLDER, folder):
+    places = [folder / name for name in (HIDDEN_FOLDER, SECOND_FOLDER, ARGUMENTS_FOLDER)]
+    for place in (*places, folder):
         if not place.is_dir():
             continue
         for path in place.iterdir():
             if OURS.fullmatch(path.name) and not path.is_dir():
                 path.unlink()
         rest = sorted(place.iterdir())
-        left += [path for path in rest if path not in (folder / HIDDEN_FOLDER, folder / ARGUMENTS_FOLDER)]
+        left += [path for path in rest if path not in places]
         if not rest and not place.is_symlink():
             place.rmdir()
     return left

@@ -24,10 +24,16 @@ from stages.calibrate.forward.arguments import (
 from stages.calibrate.forward.beside import Beside
 from stages.calibrate.forward.buffers import HIDDEN, Limits, State
 from stages.calibrate.forward.calls import Calls, LayerCall
-from stages.calibrate.forward.hidden import ARGUMENTS_FOLDER, HIDDEN_FOLDER, HiddenStates
+from stages.calibrate.forward.hidden import (
+    ARGUMENTS_FOLDER,
+    HIDDEN_FOLDER,
+    SECOND_FOLDER,
+    HiddenStates,
+)
 from stages.calibrate.forward.kept import Circumstances
 from stages.calibrate.forward.layer_weights import OUTSIDE, Weights, materialise_buffers
 from stages.calibrate.forward.rehearsal import TOKENS, Rehearsal
+from stages.calibrate.forward.replay import Replay
 from stages.model.decoder import find_decoder
 from stages.model.skeleton import Skeleton
 from state.source import Source
@@ -41,7 +47,7 @@ Outside = Callable[[], AbstractContextManager[object]]
 class LayerStep:
     """A decoder layer that all batches have gone through; its weights stay until the next step is taken.
 
-    rehearsal: how copies of it are called, where that was asked for.
+    rehearsal: how copies of it are called, where that was asked for. replay: the second stream, where there is one.
     """
 
     layer: int
@@ -49,9 +55,12 @@ class LayerStep:
     module: nn.Module
     states: HiddenStates
     rehearsal: Rehearsal | None
+    replay: Replay | None = None
 
     def seal(self) -> None:
         """Keep what is behind this layer for the next process to go on from: see `HiddenStates.seal`."""
+        if self.replay is not None:
+            self.replay.second.seal()
         self.states.seal()
 
 
@@ -74,6 +83,8 @@ class LayerwiseForward:
         runs; hooks see there what they see in the whole model's forward. On a GPU it goes on the stream
         beside (`Beside`), which is joined before the layer is yielded. Without it there is no such forward.
         rehearsing: copies of layers will be run, for which a short window's calls are captured too.
+        recompute: given where there is a second stream, which whoever takes the steps advances; called for a
+        layer before the first of them, to advance it there.
 
     Raises:
         LayerwiseUnsupported: the model can't be run this way (here and in all methods).
@@ -93,15 +104,21 @@ class LayerwiseForward:
         circumstances: Circumstances = MappingProxyType({}),
         say: Callable[[str], None] = lambda message: None,
         rehearsing: bool = False,
+        recompute: Callable[[LayerStep], None] | None = None,
     ) -> None:
         materialise_buffers(skeleton.model, device)
         self.decoder = find_decoder(skeleton.model)
         self._weights = Weights(self.decoder, skeleton.parameter_of, source, device)
         # All at once: a copy to a GPU waits for everything that was queued before it.
         self._batches = tokens.to(device, torch.int64).split(batch)
-        self._states = HiddenStates(
-            folder / HIDDEN_FOLDER, len(self._batches), device, limits, circumstances, say
-        )
+        self._recompute = recompute
+        each = limits if recompute is None else Limits(limits.device // 2, limits.host // 2)
+
+        def states(name: str) -> HiddenStates:
+            return HiddenStates(folder / name, len(self._batches), device, each, circumstances, say)
+
+        self._states = states(HIDDEN_FOLDER)
+        self._second = None if recompute is None else states(SECOND_FOLDER)
         self._beside = Beside(device)
         self._calls = Calls(folder / ARGUMENTS_FOLDER, len(self._batches), device, limits, self._beside)
         self._short = Calls(folder / ARGUMENTS_FOLDER, 1, device, limits, self._beside)
@@ -125,12 +142,14 @@ class LayerwiseForward:
         self._short.close()
         if kind is None:
             self._states.close()
+            if self._second is not None:
+                self._second.close()
 
     def start(self, layer: int = 0) -> int:
         """Find with the first batch how the layers are called, and go on from what an earlier process kept of
         the hidden states before `layer`, or before an earlier one. Returns the first layer that is yet to
         run."""
-        self._states.restore(layer)
+        self._restore(layer)
         self._load_outside()
         self._beside.follow()  # weights that were loaded before may still be on their way
         with self._beside.run():
@@ -138,6 +157,12 @@ class LayerwiseForward:
         if self._rehearsing:
             self._capture_short()
         return self._states.layer
+
+    def _restore(self, layer: int) -> None:
+        """Both streams from the same layer on."""
+        layer = self._states.restore(layer)
+        while self._second is not None and self._second.restore(layer) != self._states.layer:
+            layer = self._states.restore(self._second.layer)
 
     def _capture_short(self) -> None:
         tokens = self._batches[0][:1, :TOKENS]
@@ -166,11 +191,21 @@ class LayerwiseForward:
                 self._run(layer, module, layer == entry, outside)
             self._beside.join()
             self._weights.free(OUTSIDE)
+            rehearsal, replay = self._rehearsal(layer), self._replay(layer)
+            step = LayerStep(layer, self.decoder.name(layer), module, self._states, rehearsal, replay)
             if layer >= first:
-                rehearsal = self._rehearsal(layer)
-                yield LayerStep(layer, self.decoder.name(layer), module, self._states, rehearsal)
+                yield step
+            elif self._recompute is not None:
+                self._recompute(step)
             self._calls.drop(layer)
             self._states.turn()
+            if self._second is not None:
+                self._second.turn()
+
+    def _replay(self, layer: int) -> Replay | None:
+        if self._second is None:
+            return None
+        return Replay(self._calls, layer, self._returns, self._states, self._second, len(self._batches))
 
     def _rehearsal(self, layer: int) -> Rehearsal | None:
         """With the short window, where hidden states alone are handed on; else with the first batch."""
@@ -210,10 +245,11 @@ class LayerwiseForward:
             if batch == 0 and self._rehearsing:
                 self._first_shape = state[HIDDEN].shape
                 self._beside_first = {name: value.clone() for name, value in state.items() if name != HIDDEN}
-            state = self._calls.bind(layer, batch, state).run(module, self._returns)
+            once = self._second is None
+            state = self._calls.bind(layer, batch, state, last=once).run(module, self._returns)
             if entering and batch == min(1, len(self._batches) - 1):
                 self._check()  # behind the batches that it is about: a GPU has them to compute meanwhile
-            if layer + 1 < len(self.decoder.layers):
+            if layer + 1 < len(self.decoder.layers) or self._second is not None:
                 self._states.write(batch, state)
             if outside is not None:
                 self._finish(batch, state[HIDDEN], outside)
@@ -234,7 +270,12 @@ class LayerwiseForward:
             self._unchecked = taken.calls
         elif batch == 1 and equal:
             self._unchecked = ()
-        return self._states.read(batch) if layer else {HIDDEN: taken.entering()}
+        if layer:
+            return self._states.read(batch)
+        state = {HIDDEN: taken.entering()}
+        if self._second is not None:
+            self._second.enter(batch, {HIDDEN: state[HIDDEN].clone()})
+        return state
 
     def _check(self) -> None:
         """Check that the recorded arguments hold for every hidden state, unless the second batch showed

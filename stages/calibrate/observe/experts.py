@@ -19,8 +19,9 @@ from state.errors import InputError
 
 # (projection, rows, ends): rows sorted by expert, with cumulative ends
 # (projection, rows, expert): the rows of one expert
-GroupObserver = Callable[[str, torch.Tensor, torch.Tensor], None]
-ExpertObserver = Callable[[str, torch.Tensor, int], None]
+# Either may return rows that are multiplied instead.
+GroupObserver = Callable[[str, torch.Tensor, torch.Tensor], torch.Tensor | None]
+ExpertObserver = Callable[[str, torch.Tensor, int], torch.Tensor | None]
 Matmul = Callable[..., torch.Tensor]
 
 GROUPED = ("grouped_mm", "_grouped_mm", "grouped_mm_fallback")
@@ -74,11 +75,13 @@ class ExpertRows:
             if name in GROUPED:
                 projection = PROJECTIONS[len(self.seen)]
                 self.seen.add(projection)
-                self.grouped(projection, args[0], kwargs["offs"] if "offs" in kwargs else args[2])
+                rows = self.grouped(projection, args[0], kwargs["offs"] if "offs" in kwargs else args[2])
             elif name == "bmm":
-                self._all_experts(args[0], args[1])
+                rows = self._all_experts(args[0], args[1])
             else:
-                self._one_expert(args[0], args[1])
+                rows = self._one_expert(args[0], args[1])
+            if rows is not None:
+                args = (rows, *args[1:])
             self._multiplying = True
             try:
                 return matmul(*args, **kwargs)
@@ -87,23 +90,26 @@ class ExpertRows:
 
         return watched
 
-    def _one_expert(self, rows: torch.Tensor, weight: torch.Tensor) -> None:
+    def _one_expert(self, rows: torch.Tensor, weight: torch.Tensor) -> torch.Tensor | None:
         projection, parameter = self._projection(weight)
-        if projection is not None:
-            self.seen.add(projection)
-            expert = (weight.storage_offset() - parameter.storage_offset()) // parameter.stride(0)
-            self.single(projection, rows, expert)
+        if projection is None:
+            return None
+        self.seen.add(projection)
+        expert = (weight.storage_offset() - parameter.storage_offset()) // parameter.stride(0)
+        return self.single(projection, rows, expert)
 
-    def _all_experts(self, rows: torch.Tensor, weights: torch.Tensor) -> None:
+    def _all_experts(self, rows: torch.Tensor, weights: torch.Tensor) -> torch.Tensor | None:
         """rows: `[experts, tokens, channels]`, zeros where a token is not the expert's."""
         projection, _ = self._projection(weights)
-        if projection is not None:
-            self.seen.add(projection)
-            if projection == "up":
-                self._reached = rows.ne(0).any(-1)
-            assert self._reached is not None  # up comes first
-            ends = self._reached.sum(1).cumsum(0).to(torch.int32)
-            self.grouped(projection, rows[self._reached], ends)
+        if projection is None:
+            return None
+        self.seen.add(projection)
+        if projection == "up":
+            self._reached = rows.ne(0).any(-1)
+        assert self._reached is not None  # up comes first
+        ends = self._reached.sum(1).cumsum(0).to(torch.int32)
+        instead = self.grouped(projection, rows[self._reached], ends)
+        return None if instead is None else rows.masked_scatter(self._reached[..., None], instead)
 
     def _projection(self, weight: torch.Tensor) -> tuple[str | None, torch.Tensor]:
         """The projection that a weight is of, and its parameter."""

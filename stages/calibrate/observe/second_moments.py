@@ -22,19 +22,23 @@ class Moments:
     def __init__(self, wanted: Container[str], device: torch.device) -> None:
         self.wanted, self.device = wanted, device
         self.sums: dict[str, torch.Tensor] = {}
+        self.tokens: dict[str, torch.Tensor] = {}
 
     def add(self, array: SiteArray, place: Place, values: torch.Tensor) -> None:
         """Add the tokens of one site. values: [..., channels]."""
         if array.key in self.wanted:
             rows = values.detach().reshape(-1, values.shape[-1])
-            total = self._sum(array)
-            total = total if array.experts is None else total[place[-1]]
+            total, tokens = self._sum(array), self.tokens[array.key]
+            if array.experts is not None:
+                total, tokens = total[place[-1]], tokens[place[-1]]
             _add(total[None], rows, None)
+            tokens += len(rows)
 
     def add_experts(self, array: SiteArray, place: Place, values: torch.Tensor, ends: torch.Tensor) -> None:
         """Add rows sorted by expert, where those of expert e end before ends[e]."""
         if array.key in self.wanted:
             _add(self._sum(array), values.detach(), ends)
+            self.tokens[array.key] += ends.diff(prepend=ends.new_zeros(1))
 
     def of(self, array: SiteArray) -> torch.Tensor:
         """H of an array's sites in this layer, `[experts or 1, channels, channels]`; zeros where nothing was
@@ -42,6 +46,12 @@ class Moments:
         """
         total = self._sum(array)
         return total if array.experts is not None else total[None]
+
+    def tokens_of(self, array: SiteArray) -> torch.Tensor:
+        """How many tokens H is the sum over, int64 `[experts or 1]`."""
+        self._sum(array)
+        tokens = self.tokens[array.key]
+        return tokens if array.experts is not None else tokens[None]
 
     def is_finite(self) -> bool:
         """Whether every sum fits float32."""
@@ -52,6 +62,7 @@ class Moments:
             experts = () if array.experts is None else (array.experts,)
             shape = (*experts, array.channels or 0, array.channels or 0)
             self.sums[array.key] = torch.zeros(shape, device=self.device)
+            self.tokens[array.key] = torch.zeros(experts, dtype=torch.int64, device=self.device)
         return self.sums[array.key]
 
 

@@ -41,8 +41,15 @@ class LayerSolver(Protocol):
     def moments(self, layer: int) -> Moments:
         """An empty place for the second moments it needs of a layer."""
 
+    @property
+    def two_streams(self) -> bool:
+        """Whether it takes second moments from the second stream, which it then advances."""
+
     def solve(self, step: LayerStep, moments: Moments) -> Solution | None:
         """The layer's solution, from its loaded weights; None where nothing in it is quantized."""
+
+    def pass_by(self, step: LayerStep) -> None:
+        """Go on behind a layer that is not solved now."""
 
 
 class LayerByLayer:
@@ -93,6 +100,7 @@ class LayerByLayer:
             circumstances,
             say,
             rehearsing=solver is not None,
+            recompute=solver.pass_by if solver is not None and solver.two_streams else None,
         )
         self._finishing = Selected()
         self._new_from = 0
@@ -152,8 +160,12 @@ class LayerByLayer:
                     # Not behind the first layer, when a GPU has little queued: it would wait meanwhile.
                     outside = self._background.submit(self._outside_weights)
                 solution = None
-                if step.layer in wanted and self.solver is not None:
-                    solution = self.solver.solve(step, wanted.pop(step.layer))
+                if self.solver is not None:
+                    moments = wanted.pop(step.layer, None)
+                    if moments is not None:
+                        solution = self.solver.solve(step, moments)
+                    else:
+                        self.solver.pass_by(step)
                 if last and outside is not None:
                     for site, amax in outside.result().items():
                         self.statistics.set_weight(*layout.locate(site), amax)
@@ -181,7 +193,8 @@ class LayerByLayer:
         sinks: list[Sink] = [self.statistics] if statistics else []
         if self.solver is not None and self.solver.missing(layer):
             wanted[layer] = self.solver.moments(layer)
-            sinks.append(wanted[layer])
+            if not self.solver.two_streams:
+                sinks.append(wanted[layer])
         return sinks
 
     def _is_outside(self, memory: str) -> bool:

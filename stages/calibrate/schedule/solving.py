@@ -5,15 +5,17 @@ to fold.
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from stages.calibrate.forward.layers import LayerStep
 from stages.calibrate.observe.accumulate import Accumulators
-from stages.calibrate.observe.attach import split_projections
 from stages.calibrate.observe.host import to_host
 from stages.calibrate.observe.second_moments import Moments
+from stages.calibrate.schedule.layer_matrices import LayerMatrices
 from stages.calibrate.schedule.proving import Prover
+from stages.calibrate.schedule.quantized_stream import QuantizedStream
 from stages.calibrate.signals import StopRequest
 from stages.fold.folds import FoldMap, FoldSite
 from stages.formats import WeightFormat
@@ -39,6 +41,8 @@ class SolverPass:
         has to be solved again anyway.
         require_finite: called with a layer before it is solved; raises where it saw inf or NaN.
         read: a hub tensor as the source has it. Export folds scales into that; in memory a norm may be wider.
+        stream: the second stream, for solvers that see inputs as engines do; None for others.
+        stored: the solution of a layer that is solved already.
     """
 
     def __init__(
@@ -53,12 +57,19 @@ class SolverPass:
         stop: StopRequest,
         require_finite: Callable[[int], None],
         read: Callable[[str], Tensor],
+        stream: QuantizedStream | None,
+        stored: Callable[[int], Solution],
     ) -> None:
         self.solver, self.quantizers, self.skeleton = solver, quantizers, skeleton
         self.statistics, self.prover = statistics, prover
         self.solved, self.attributes, self.stop = set(solved), attributes, stop
         self.require_finite, self.read = require_finite, read
+        self.stream, self.stored = stream, stored
         self.modules = _modules_by_layer(quantizers)
+
+    @property
+    def two_streams(self) -> bool:
+        return self.stream is not None
 
     def missing(self, layer: int) -> bool:
         return layer in self.modules and layer not in self.solved
@@ -78,13 +89,15 @@ class SolverPass:
         """
         method, layer = self.solver.method, step.layer
         self.require_finite(layer)
-        if not moments.is_finite():
-            raise InputError(
-                f"inputs of layer {layer} are so large that their squares leave float32, and solvers need "
-                "those; choose a recipe without a solver, such as nvfp4"
-            )
         attributes, folds = dict(self.attributes), FoldMap()
         with self.stop.at_once():
+            if self.stream is not None:
+                self.stream.collect(step, moments)
+            if not moments.is_finite():
+                raise InputError(
+                    f"inputs of layer {layer} are so large that their squares leave float32, and solvers "
+                    "need those; choose a recipe without a solver, such as nvfp4"
+                )
             if self.solver.searches_scales:
                 proof = self.prover.prove(step)
                 attributes["proof"] = proof.encode()
@@ -97,9 +110,23 @@ class SolverPass:
                 sweep=method == "local_hessian",
                 damping=self.solver.damping if method == "gptq" else None,
             )
+            if self.stream is not None:
+                self.stream.advance(step, found.arrays)
         attributes |= {"method": method, "policies": found.policies, "kept_at_one": folds.impossible}
         self.solved.add(layer)
         return Solution(self.solver.id, layer, to_host(found.arrays), attributes)
+
+    def pass_by(self, step: LayerStep) -> None:
+        """Go on behind a layer that is not solved now: its solution is stored, or nothing in it is
+        quantized.
+        """
+        if self.stream is None:
+            return
+        arrays: dict[str, Tensor] = {}
+        if step.layer in self.modules:
+            stored = self.stored(step.layer).arrays
+            arrays = {name: torch.from_numpy(np.array(stored[name])).to(self._device()) for name in stored}
+        self.stream.advance(step, arrays)
 
     def _groups(self, layer: int, moments: Moments) -> dict[str, Group]:
         """Quantized weights by the site they read, and format: [experts or 1, out, in]."""
@@ -107,7 +134,8 @@ class SolverPass:
         sites: dict[tuple[str, WeightFormat], SiteArray] = {}
         down: set[tuple[str, WeightFormat]] = set()
         together: set[tuple[str, WeightFormat]] = set()
-        for name, (module, weights) in self._weights(layer).items():
+        matrices = LayerMatrices(self.skeleton, self.quantizers.weights, layer)
+        for name, (module, weights) in matrices.read().items():
             array, _ = self.statistics.layout.locate(Site(module, "input"))
             key = array.key, self.quantizers.weights[module]
             members.setdefault(key, {})[name] = weights
@@ -123,44 +151,11 @@ class SolverPass:
             for key, stacked in members.items()
         }
 
-    def _weights(self, layer: int) -> dict[str, tuple[str, Tensor]]:
-        """Stacked name → (hub name, of expert 0 for experts; weights [E, out, in])."""
-        model, quantized = self.skeleton.model, self.quantizers.weights
-        found: dict[str, tuple[str, Tensor]] = {}
-        for linear in self.skeleton.linears:
-            if split_name(linear.hub)[1:] == (layer, None) and linear.hub in quantized:
-                weight = linear.rows_of(model.get_submodule(linear.memory).weight)
-                found[linear.hub] = linear.hub, weight[None]
-        for experts in self.skeleton.experts:
-            if split_name(experts.hub)[1] != layer:
-                continue
-            module = model.get_submodule(experts.memory)
-            for leaf, weights in split_projections(experts, module).items():
-                hub = f"{experts.hub}.0.{leaf}"
-                if hub in quantized:
-                    found[stacked_name(hub)] = hub, weights.mT if experts.arranged.transposed else weights
-        return found | self._linear_experts(layer)
-
-    def _linear_experts(self, layer: int) -> dict[str, tuple[str, Tensor]]:
-        """Experts that are linears of their own, stacked."""
-        parts: dict[str, list[tuple[int, str, Tensor]]] = {}
-        for linear in self.skeleton.linears:
-            _, own_layer, expert = split_name(linear.hub)
-            if own_layer == layer and expert is not None and linear.hub in self.quantizers.weights:
-                weight = linear.rows_of(self.skeleton.model.get_submodule(linear.memory).weight)
-                parts.setdefault(stacked_name(linear.hub), []).append((expert, linear.hub, weight))
-        stacked = {}
-        for name, found in parts.items():
-            found.sort(key=lambda part: part[0])
-            stacked[name] = found[0][1], torch.stack([weight for _, _, weight in found])
-        return stacked
-
     def _site(self, array: SiteArray, layer: int, moments: Moments) -> SiteStatistics:
         row = (array.layers.index(layer),) if array.layers else ()
-        total, tokens = self.statistics.total[array.key][row], self.statistics.tokens[array.key][row]
-        if array.experts is None:
-            total, tokens = total[None], tokens[None]
-        return SiteStatistics(moments.of(array), total.float(), tokens)
+        total = self.statistics.total[array.key][row]
+        total = total if array.experts is not None else total[None]
+        return SiteStatistics(moments.of(array), total.float(), moments.tokens_of(array))
 
     def _places(self, folds: FoldMap) -> list[Place]:
         """Where a layer's scales can go, experts taken together."""

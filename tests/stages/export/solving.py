@@ -8,7 +8,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from stages.export.unify import connected
 from stages.fold.folds import FoldMap, fold_norm
 from stages.fold.sites import fold_map
 from stages.formats import FP8, WeightFormat
@@ -22,6 +21,7 @@ from stages.recipe.quantizers import plan_quantizers
 from stages.recipe.recipes import Recipe
 from stages.recipe.solvers import Solver, array_name, solver_of
 from stages.solve import gptq
+from stages.unify import connected
 from state.claim import create_run
 from state.names import split_name
 from state.reader import open_run

@@ -7,12 +7,13 @@ import pytest
 import torch
 
 from stages.export.decide import Decisions, decide
-from stages.export.observed import Observed, expert_families
-from stages.export.unify import Policies
+from stages.export.observed import Observed
 from stages.formats import FP8, NVFP4
 from stages.recipe.quantizer_plan import QuantizerPlan
 from stages.recipe.recipes import Recipe
+from stages.recipe.unified_inputs import expert_families
 from stages.settings import UnseenPolicy
+from stages.unify import Policies
 
 NVFP4_STEP, FP8_STEP = 6.0 * 448.0, 448.0
 

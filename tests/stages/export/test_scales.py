@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from stages.export import scales
-from stages.export.unify import DEAD_AMAX
 from stages.formats import FP8, INT4_AWQ, INT8_SQ, NVFP4, W4A8_AWQ, WeightFormat
+from stages.unify import DEAD_AMAX
 from state.errors import InputError
 
 Q, K, GATE, UP, DOWN = "layers.0.q", "layers.0.k", "experts.0.gate", "experts.0.up", "experts.0.down"

@@ -11,10 +11,10 @@ from stages.calibrate.run import calibrate
 from stages.calibrate.schedule.choose import solved_layers
 from stages.export.run import export
 from stages.export.solved import Solved
-from stages.export.unify import connected
 from stages.progress import Silent
 from stages.recipe.recipes import resolve
 from stages.settings import ExportSettings
+from stages.unify import connected
 from state.errors import InputError
 from state.names import split_name
 from state.reader import open_run

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from stages.export.unify import (
+from stages.unify import (
     AGREEMENT,
     DEAD_AMAX,
     DEAD_BELOW,
