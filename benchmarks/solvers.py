@@ -29,6 +29,7 @@ from stages.calibrate.observe.relations import probe
 from stages.calibrate.observe.second_moments import Moments
 from stages.calibrate.schedule.layerwise import LayerByLayer, LayerSolver
 from stages.calibrate.schedule.proving import Prover
+from stages.calibrate.schedule.quantized_stream import QuantizedStream
 from stages.calibrate.schedule.solving import SolverPass
 from stages.calibrate.signals import StopRequest
 from stages.model.decoder import find_decoder
@@ -62,8 +63,15 @@ class Timed:
     device: torch.device
     seconds: float = 0.0
 
+    @property
+    def two_streams(self) -> bool:
+        return self.solver.two_streams
+
     def missing(self, layer: int) -> bool:
         return self.solver.missing(layer)
+
+    def pass_by(self, step: LayerStep) -> None:
+        self.solver.pass_by(step)
 
     def moments(self, layer: int) -> Moments:
         return self.solver.moments(layer)
@@ -129,8 +137,26 @@ class Resident:
         def read(name: str) -> torch.Tensor:
             return read_tensor(self.source, name)
 
+        stream = None
+        if solver.two_streams:
+            stream = QuantizedStream(self.skeleton, quantizers, statistics)
+
+        def stored(layer: int) -> Solution:
+            raise AssertionError(f"layer {layer} is solved in this pass")
+
         solving = SolverPass(
-            solver, quantizers, self.skeleton, statistics, prover, set(), {}, stop, finite, read
+            solver,
+            quantizers,
+            self.skeleton,
+            statistics,
+            prover,
+            set(),
+            {},
+            stop,
+            finite,
+            read,
+            stream,
+            stored,
         )
         timed = Timed(solving, self.device)
         both = self._run(tokens, statistics, timed)

@@ -91,10 +91,9 @@ class LayerMatrices:
         for leaf, matrix in leaves.items():
             if matrix is not None:
                 parts[leaf] = matrix.mT if experts.arranged.transposed else matrix
+        first = _joined([parts[leaf] for leaf in experts.up], experts)
         return {
-            f"{experts.memory}.{experts.up_parameter}": _joined(
-                [parts[leaf] for leaf in experts.up], experts
-            ),
+            f"{experts.memory}.{experts.up_parameter}": first,
             f"{experts.memory}.down_proj": parts[experts.down],
         }
 
