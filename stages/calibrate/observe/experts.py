@@ -151,5 +151,6 @@ def watch_experts(
 
     return [
         module.register_forward_pre_hook(enter),
-        module.register_forward_hook(leave, always_call=True),
+        # Of several who watch, the one that came last leaves first.
+        module.register_forward_hook(leave, prepend=True, always_call=True),
     ]
