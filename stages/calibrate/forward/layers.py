@@ -47,7 +47,8 @@ Outside = Callable[[], AbstractContextManager[object]]
 class LayerStep:
     """A decoder layer that all batches have gone through; its weights stay until the next step is taken.
 
-    rehearsal: how copies of it are called, where that was asked for. replay: the second stream, where there is one.
+    rehearsal: how copies of it are called, where that was asked for.
+    replay: the second stream, where there is one.
     """
 
     layer: int
