@@ -18,8 +18,7 @@ from stages.calibrate.forward.beside import Beside
 from stages.calibrate.forward.buffers import HIDDEN, Buffer, Limits, State, open_buffer
 from stages.model.decoder import LayerwiseUnsupported
 
-Layer = Callable[..., Any]
-"""A decoder layer, or what is called in its place."""
+Layer = Callable[..., Any]  # a decoder layer, or what is called in its place
 
 
 @dataclass(frozen=True)
@@ -199,11 +198,9 @@ class Calls:
         """The call of a layer for a batch whose state is given. last: it is not made again."""
         calls = self._calls[self._shape_of[batch]]
         call = calls[layer]
-        carried = {name: kind() for name, kind in call.carried().items()}
-        unpack_carried(state, carried)
-        own: State = {}
-        if (layer, batch) in self._has_own:
-            own = self._own[layer].read(batch) if last else self._own[layer].peek(batch)
+        unpack_carried(state, carried := {name: kind() for name, kind in call.carried().items()})
+        buffer = self._own[layer] if (layer, batch) in self._has_own else None
+        own = {} if buffer is None else buffer.read(batch) if last else buffer.peek(batch)
 
         def replace(value: Any) -> Any:
             match value:
@@ -255,8 +252,8 @@ class BoundCall:
         values = output if isinstance(output, tuple) else (output,)
         if isinstance(output, tuple) != bool(returns) or not isinstance(values[0], torch.Tensor):
             raise LayerwiseUnsupported(f"{type(module).__name__} returns a {type(output).__name__}")
-        extras = {returned_name(place): values[place] for place in self.wanted if values[place] is not None}
-        return {HIDDEN: values[0], **extras, **pack_carried(self.carried)}
+        more = {returned_name(place): values[place] for place in self.wanted if values[place] is not None}
+        return {HIDDEN: values[0], **more, **pack_carried(self.carried)}
 
 
 def returned_name(place: int) -> str:

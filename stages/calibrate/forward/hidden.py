@@ -57,9 +57,16 @@ class HiddenStates:
         self.layer = 0
 
     def restore(self, layer: int) -> int:
-        """Go on from the last whole boundary at or before a layer, as an earlier process left it. Returns the
-        layer that it is before; 0, whose inputs are not kept here, where there is none.
+        """Go on from the last whole boundary at or before a layer, as an earlier process left it, and delete
+        the others. Returns the layer that it is before; 0, whose inputs are not kept here, where there is
+        none.
         """
+        self.find(layer)
+        self.settle()
+        return self.layer
+
+    def find(self, layer: int) -> int:
+        """`restore` that may be asked for an earlier layer again, until `settle`."""
         self._let_go()
         self.layer, found = 0, False
         for number in self._recorded(layer):
@@ -72,8 +79,11 @@ class HiddenStates:
                 self._say(f"the hidden states before layer {number} can't be used: {error}")
         if found and not self.layer:
             self._say("the hidden states are made anew from the first layer on")
-        self._clean(keep=self.layer)
         return self.layer
+
+    def settle(self) -> None:
+        """Delete all boundaries but the one that is gone on from."""
+        self._clean(keep=self.layer)
 
     def _recorded(self, last: int) -> list[int]:
         """Layers up to `last` before which there is the record of a boundary, from the last one down."""
@@ -162,7 +172,7 @@ class HiddenStates:
         self._clean(keep=0)
 
     def _let_go(self) -> None:
-        """Close what an earlier `restore` opened."""
+        """Close what an earlier `find` opened."""
         if isinstance(self._before, FileBuffer):
             self._before.close()
         self._before = None
@@ -181,7 +191,7 @@ class HiddenStates:
         return self._path(layer).with_suffix(".json")
 
     def _clean(self, keep: int) -> None:
-        kept = (self._path(keep), self._record(keep))
+        kept = (self._path(keep), self._record(keep)) if keep else ()
         for path in self._folder.glob("*"):
             if OURS.fullmatch(path.name) and path not in kept:
                 path.unlink(missing_ok=True)

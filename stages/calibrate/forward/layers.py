@@ -161,9 +161,12 @@ class LayerwiseForward:
 
     def _restore(self, layer: int) -> None:
         """Both streams from the same layer on."""
-        layer = self._states.restore(layer)
-        while self._second is not None and self._second.restore(layer) != self._states.layer:
-            layer = self._states.restore(self._second.layer)
+        self._states.find(layer)
+        while self._second is not None and self._second.find(self._states.layer) != self._states.layer:
+            self._states.find(self._second.layer)
+        self._states.settle()
+        if self._second is not None:
+            self._second.settle()
 
     def _capture_short(self) -> None:
         tokens = self._batches[0][:1, :TOKENS]

@@ -47,12 +47,18 @@ def rounded_inputs(
         layer: its name in memory. roundings: by hub module; others see their inputs as they are.
     """
     with ExitStack() as stack:
-        for linear in skeleton.linears:
-            if linear.memory.startswith(f"{layer}.") and linear.hub in roundings:
-                module = model.get_submodule(linear.memory)
-                hook = _hook(roundings[linear.hub])
-                handle = module.register_forward_pre_hook(hook, prepend=True, with_kwargs=True)
-                stack.callback(handle.remove)
+        # By name in memory: linears that the class merges have one input, which is rounded once.
+        linears = {
+            linear.memory: roundings[linear.hub]
+            for linear in skeleton.linears
+            if linear.memory.startswith(f"{layer}.") and linear.hub in roundings
+        }
+        for memory, rounding in linears.items():
+            hook = _hook(rounding)
+            handle = model.get_submodule(memory).register_forward_pre_hook(
+                hook, prepend=True, with_kwargs=True
+            )
+            stack.callback(handle.remove)
         for experts in skeleton.experts:
             if experts.memory.startswith(f"{layer}."):
                 module = model.get_submodule(experts.memory)

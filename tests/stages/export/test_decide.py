@@ -11,7 +11,6 @@ from stages.export.observed import Observed
 from stages.formats import FP8, NVFP4
 from stages.recipe.quantizer_plan import QuantizerPlan
 from stages.recipe.recipes import Recipe
-from stages.recipe.unified_inputs import expert_families
 from stages.settings import UnseenPolicy
 from stages.unify import Policies
 
@@ -75,16 +74,6 @@ def test_caches_are_observed_or_unit() -> None:
     assert [(use.policy, use.quantizers) for use in found.uses] == [
         ("dead=floor", ("0.self_attn.v_bmm_quantizer",))
     ]
-
-
-def test_experts_of_a_layer_are_one_family() -> None:
-    modules = [f"layers.{layer}.experts.{expert}.up" for layer in (0, 1) for expert in (1, 0)] + [
-        "layers.0.o_proj"
-    ]
-    assert expert_families(modules) == {
-        "layers.0.experts.E.up": ["layers.0.experts.0.up", "layers.0.experts.1.up"],
-        "layers.1.experts.E.up": ["layers.1.experts.0.up", "layers.1.experts.1.up"],
-    }
 
 
 def test_an_unseen_expert_is_left_without_input_scale_by_policy_only() -> None:

@@ -44,6 +44,9 @@ class Toy(WeightFormat):
     def encode(self, values: Tensor) -> Tensor:
         return values.to(torch.int8)
 
+    def decode(self, codes: Tensor) -> Tensor:
+        return codes.float()
+
     def dequantize(self, stored: Mapping[str, Tensor]) -> Tensor:
         return stored["weight"].float() * stored["weight_scale"][:, None]
 

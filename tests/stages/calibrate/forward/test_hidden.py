@@ -64,6 +64,65 @@ def test_what_is_read_from_a_file_may_be_changed(tmp_path):
     assert states.read(0)["kv"].tolist() == [7.0]
 
 
+@pytest.mark.parametrize("limits", [MEMORY, FILES], ids=["memory", "files"])
+def test_what_is_peeked_at_stays_and_is_a_copy(limits, tmp_path):
+    buffer = open_buffer(tmp_path / "000001.raw", CPU, 64, limits)
+    for batch, state in enumerate(STATES):
+        buffer.write(batch, state)
+    buffer.peek(1)["kv"].zero_()
+    assert same(buffer.peek(1), STATES[1]) and same(buffer.peek(0), STATES[0])
+    assert all(same(buffer.read(batch), STATES[batch]) for batch in range(2))
+    buffer.drop()
+
+
+@pytest.mark.parametrize("limits", [MEMORY, FILES], ids=["memory", "files"])
+def test_both_sides_of_a_layer_are_peeked_at(limits, tmp_path):
+    states = open_states(tmp_path, limits)
+    states.restore(0)
+    for batch, state in enumerate(STATES):
+        states.enter(batch, state)
+    assert states.layer == 0
+    write_all(states, STATES[::-1])
+    for _ in range(2):
+        assert all(same(states.peek(batch), STATES[batch]) for batch in range(2))
+        assert all(same(states.peek_behind(batch), STATES[1 - batch]) for batch in range(2))
+    assert same(states.read(0), STATES[0])
+    states.turn()
+    assert states.layer == 1
+    assert same(states.peek(0), STATES[1]) and same(states.read(0), STATES[1])
+    states.close()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_before_anything_is_written_there_is_nothing_to_peek_at(tmp_path):
+    with pytest.raises(ValueError, match="no boundary to read yet"):
+        open_states(tmp_path, MEMORY).peek(0)
+
+
+def test_what_was_entered_is_no_boundary_to_go_on_from(tmp_path):
+    """It is made again with the embeddings."""
+    states = open_states(tmp_path, FILES)
+    states.restore(0)
+    states.enter(0, STATES[0])
+    assert names(tmp_path) == ["000000.raw"]
+    said: list[str] = []
+    assert open_states(tmp_path, FILES, said).restore(0) == 0
+    assert names(tmp_path) == [] and said == []
+
+
+def test_an_earlier_boundary_is_gone_back_to(tmp_path):
+    """Where the other stream has no later one: both begin before the same layer."""
+    stop_in_layer_2(tmp_path)
+    states = open_states(tmp_path, FILES)
+    assert states.find(2) == 2 and states.find(1) == states.layer == 1
+    assert same(states.read(0), STATES[0])
+    states.settle()
+    assert names(tmp_path) == ["000001.json", "000001.raw"]
+    assert states.find(0) == 0
+    states.settle()
+    assert names(tmp_path) == []
+
+
 def test_memory_hands_a_state_over_without_a_copy():
     buffer, value = MemoryBuffer(CPU, on_device=False), torch.tensor([1.0, 2.0])
     buffer.write(0, {"hidden": value})
