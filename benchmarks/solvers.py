@@ -70,6 +70,9 @@ class Timed:
     def missing(self, layer: int) -> bool:
         return self.solver.missing(layer)
 
+    def take_outdated(self) -> dict[int, int]:
+        return self.solver.take_outdated()
+
     def pass_by(self, step: LayerStep) -> None:
         self.solver.pass_by(step)
 

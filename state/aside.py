@@ -10,6 +10,21 @@ from state.durable import Disk
 from state.paths import SET_ASIDE, refuse_links
 from state.remove import remove_empty_parents
 
+REMADE = (
+    "statistics that were lost came out otherwise when they were made again: the solutions made behind them "
+    "are set aside in {folder}, and have to be made again"
+)
+OUTDATED = "solutions made behind others than there are now are set aside in {folder}, and are made again"
+
+
+def set_aside(run: Path, paths: Iterable[str], disk: Disk) -> Path:
+    """Set files of a run aside; durable on return. Returns the folder that they are in now."""
+    aside = SetAside(run, disk)
+    for path in paths:
+        aside.move(path)
+    aside.sync()
+    return run / str(aside.folder)
+
 
 class SetAside:
     """One recovery's folder of what it passed over; made when the first file moves there.

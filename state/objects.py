@@ -23,8 +23,8 @@ from state.durable import Bytes, Disk
 from state.identity import digest
 from state.paths import RECORD, RECORD_COPY, ZARR
 
-SOLUTION = re.compile(rf"{re.escape(ZARR)}/solutions/([^/]+)/(\d+)/zarr\.json")
-
+SOLUTIONS = f"{ZARR}/solutions/"
+SOLUTION = re.compile(rf"{re.escape(SOLUTIONS)}([^/]+)/(\d+)/zarr\.json")
 
 READINGS = 2
 """Times a file is read before other bytes than expected are believed to be what it holds."""
@@ -44,6 +44,12 @@ def solutions(paths: Iterable[str]) -> dict[str, set[int]]:
     for match in filter(None, map(SOLUTION.fullmatch, paths)):
         found[match[1]].add(int(match[2]))
     return dict(found)
+
+
+def solution_files(paths: Iterable[str], wanted: Iterable[tuple[str, int]]) -> list[str]:
+    """Of the paths of a commit's objects, those of the solutions (solver, layer) that are wanted."""
+    folders = tuple(f"{SOLUTIONS}{solver}/{layer}/" for solver, layer in wanted)
+    return [path for path in paths if path.startswith(folders)]
 
 
 def describe(path: str) -> str:

@@ -27,14 +27,14 @@ from typing import Any, Self
 import numpy as np
 from numpy.typing import NDArray
 
-from state.aside import SetAside
+from state.aside import OUTDATED, REMADE, set_aside
 from state.durable import Disk
 from state.errors import DamagedStore, OutOfSpace
 from state.events import newest_commit, read_events
 from state.head import Cursor, Head
 from state.identity import Environment
 from state.mend import free_number, mend, restore
-from state.objects import EncodedObjects, ObjectWriter, read_object
+from state.objects import SOLUTIONS, EncodedObjects, ObjectWriter, read_object, solution_files
 from state.paths import EVENTS, HEAD, HEADS, LOCK, RECORD, RECORD_COPY, ZARR, head_path, refuse_links
 from state.record import RunRecord
 from state.recovery import Found, find_head, retained
@@ -137,6 +137,9 @@ class RunWriter:
         objects = ObjectWriter(self.path, self.disk)
         with _needing(update.nbytes), self._writing(planned_files(update, group, self.head)):
             put_update(objects, update, group, self.head)
+            if outdated := solution_files(self.head.objects, update.outdated):
+                kept = self._without(outdated, self.head.objects, OUTDATED)
+                self.head = self.head.model_copy(update={"objects": kept})
             head = self._publish(objects, update.cursor, update.finished, group)
         self._usable = True
         seconds = round(time.monotonic() - started, 3)
@@ -225,7 +228,7 @@ class RunWriter:
         if finished and behind is not None:
             made = Head.of(0, cursor, finished, generation, (), kept | objects.objects).statistics_digest
             if made != behind:
-                kept = self._without_solutions(kept)
+                kept = self._without([path for path in kept if path.startswith(SOLUTIONS)], kept, REMADE)
             behind = None
         named = kept | objects.objects
         head = Head.of(self._next_number, cursor, finished, generation, self._accepted, named, behind)
@@ -239,20 +242,13 @@ class RunWriter:
         drop(self.path, [old for old in before if old not in self._heads], self._heads, self.disk)
         return head
 
-    def _without_solutions(self, objects: dict[str, str]) -> dict[str, str]:
-        """Set aside solutions made behind statistics that came out otherwise when they were made again."""
-        aside = SetAside(self.path, self.disk)
-        lost = [path for path in objects if path.startswith(f"{ZARR}/solutions/")]
-        for path in lost:
-            aside.move(path)
-        aside.sync()
-        note = (
-            "statistics that were lost came out otherwise when they were made again: the solutions made "
-            f"behind them are set aside in {self.path / str(aside.folder)}, and have to be made again"
-        )
+    def _without(self, lost: Sequence[str], objects: dict[str, str], why: str) -> dict[str, str]:
+        """Set aside solutions that the next head names no more. Returns the objects that are left."""
+        note = why.format(folder=set_aside(self.path, lost, self.disk))
         self.notes += (note,)
         self.event("set aside", note=note)
-        return {path: seen for path, seen in objects.items() if path not in lost}
+        gone = set(lost)
+        return {path: seen for path, seen in objects.items() if path not in gone}
 
 
 def _lasting(head: Head, generation: str | None) -> dict[str, str]:

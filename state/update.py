@@ -50,12 +50,14 @@ class Update:
         cursor: the next thing to do.
         generation: new statistics, or None to keep the ones committed before.
         solutions: new solutions; those committed before stay.
+        outdated: those (solver, layer) that do not: they were made behind what has changed; set aside.
     """
 
     cursor: Cursor
     finished: bool
     generation: Generation | None = None
     solutions: tuple[Solution, ...] = ()
+    outdated: tuple[tuple[str, int], ...] = ()
 
     @property
     def nbytes(self) -> int:

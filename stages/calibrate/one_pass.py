@@ -16,7 +16,7 @@ from stages.calibrate.observe.complete import require_tokens
 from stages.calibrate.observe.finite import first_overflow, overflow_message
 from stages.calibrate.observe.layer_parts import layer_parts
 from stages.calibrate.prepare import Prepared, probe_loaded
-from stages.calibrate.schedule.choose import Name, solved_layers, unsolved_layers
+from stages.calibrate.schedule.choose import Name, outdated_layers, solved_layers, unsolved_layers
 from stages.calibrate.schedule.layerwise import LayerByLayer
 from stages.calibrate.schedule.proving import Prover
 from stages.calibrate.schedule.quantized_stream import QuantizedStream
@@ -28,6 +28,7 @@ from stages.commands import calibrate_command
 from stages.fold.proof import LayerProof
 from stages.model.weights import read_tensor
 from stages.progress import Progress
+from stages.recipe.chain import told
 from stages.settings import CalibrateSettings
 from state.background import BackgroundWriter
 from state.errors import Difference, IdentityMismatch, InputError, Stopped
@@ -89,7 +90,15 @@ class Pass:
             before = None if step.finished else step.cursor.layer or None
             require_tokens(statistics.layout, generation.arrays, step.tokens, before)
             self._refuse_overflow(statistics.layout, generation.arrays)
-        return Update(step.cursor, step.finished, generation, step.solutions)
+        outdated = self._outdated(step.outdated)
+        return Update(step.cursor, step.finished, generation, step.solutions, outdated)
+
+    def _outdated(self, layers: Mapping[int, int]) -> tuple[tuple[str, int], ...]:
+        """Solutions that hold no more, as a commit takes them out; they are told of."""
+        if not layers or self.work.solver is None:
+            return ()
+        self.progress.warn(f"{told(layers)}; this is done again")
+        return tuple((self.work.solver.id, layer) for layer in sorted(layers))
 
     def _refuse_overflow(self, layout: Layout, arrays: Mapping[str, np.ndarray]) -> None:
         """Raise InputError naming the first site that saw inf or NaN."""
@@ -157,8 +166,11 @@ class Pass:
 
     def _solver(self, statistics: Accumulators) -> SolverPass | None:
         work, head = self.work, self.writer.head
-        if work.solver is None or not unsolved_layers(work, work.solver, head):
+        if work.solver is None or not unsolved_layers(work, work.solver, head, self.settings.run):
             return None
+        if broken := outdated_layers(work.solver, head, self.settings.run):
+            outdated = self._outdated(broken)
+            head = self.writer.commit(Update(head.cursor, head.finished, outdated=outdated))
         solved = solved_layers(work.solver.id, head)
         if solved:
             self._require_same_environment(work.solver.id, min(solved))
@@ -167,7 +179,7 @@ class Pass:
         prover = Prover(work.skeleton, parts, self._proofs(work.solver.id, solved), self.progress.note)
         attributes = {"environment": work.environment.model_dump(mode="json")}
 
-        solver, stream = work.solver, None
+        solver, stream, stored = work.solver, None, open_run(self.settings.run)
         if solver.two_streams:
             stream = QuantizedStream(work.skeleton, work.quantizers, statistics)
 
@@ -187,7 +199,7 @@ class Pass:
             require_finite,
             lambda name: read_tensor(work.source, name),
             stream,
-            lambda layer: open_run(self.settings.run).solution(solver.id, layer),
+            lambda layer: stored.solution(solver.id, layer),
         )
 
     def _proofs(self, solver_id: str, solved: set[int]) -> list[LayerProof]:

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from stages.commands import calibrate_command
 from stages.fold.proof import LayerProof
+from stages.recipe.chain import outdated, told
 from stages.recipe.quantizer_plan import QuantizerPlan
 from stages.recipe.solvers import Solver, array_name
 from stages.unify import PolicyUse
@@ -28,8 +29,8 @@ class Solved:
     Arrays are read when they are needed; those of one layer are kept, since the experts of a layer share
     them. Any thread may ask. Modules outside the decoder layers have no solution.
 
-    Raises InputError naming the layers that have no solution, with the command that makes them; DamagedStore
-    where they had one.
+    Raises InputError naming the layers that have no solution, or one that holds no more, with the command
+    that makes them; DamagedStore where they had one.
     """
 
     def __init__(self, run: Calibration, solver: Solver, quantizers: QuantizerPlan) -> None:
@@ -40,6 +41,10 @@ class Solved:
         self._solutions: dict[int, Solution] = {
             layer: run.solution(solver.id, layer) for layer in self.layers
         }
+        if broken := outdated({layer: found.attributes for layer, found in self._solutions.items()}):
+            raise InputError(
+                f"{run.path}: {told(broken)}; solve them again with: " + _command(run, quantizers.recipe.name)
+            )
         self._layer: int | None = None
         self._arrays: dict[str, NDArray[Any]] = {}
         self._one_reads = Lock()
@@ -144,13 +149,16 @@ def _refuse_missing(run: Calibration, solver: Solver, layers: Iterable[int], rec
     solved = solutions(run.head.objects).get(solver.id, set())
     missing = [layer for layer in layers if layer not in solved]
     if missing:
-        # As the run was made, but for the recipe.
-        command = calibrate_command({**run.record.settings, "run": str(run.path), "recipe": recipe})
         shown = ", ".join(map(str, missing[:5])) + ", ..." * (len(missing) > 5)
         lost = run.lost.get(solver.id, set()) & set(missing)
         error = DamagedStore if lost else InputError
         raise error(
             f"recipe {recipe!r} needs solutions of {solver.method} ({solver.id}); {run.path} holds none for "
             f"{len(missing)} layers ({shown}){', where they are damaged' if lost else ''}; "
-            f"make them with: {command}"
+            f"make them with: {_command(run, recipe)}"
         )
+
+
+def _command(run: Calibration, recipe: str) -> str:
+    """As the run was made, but for the recipe."""
+    return calibrate_command({**run.record.settings, "run": str(run.path), "recipe": recipe})

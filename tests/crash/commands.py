@@ -54,6 +54,7 @@ SCENARIOS = (
     Scenario("second pass", calibrate(*LAYERS[2:], "--recipe", AWQ), "calibrate", "run"),
     Scenario("two passes", calibrate(*LAYERS[2:], "--recipe", GPTQ), "half calibrate", "run"),
     Scenario("resume", calibrate(*LAYERS, "--recipe", AWQ), "half AWQ", "run"),
+    Scenario("resume GPTQ", calibrate(*LAYERS, "--recipe", GPTQ), "half GPTQ", "run"),
     Scenario("repair", ["repair", "run"], "damaged AWQ", "run"),
     Scenario("export", export(), "calibrate", "out"),
     Scenario("export again", export(), "half export", "out"),
@@ -77,6 +78,7 @@ SPOILT = (Spoilt("damaged AWQ", "layerwise AWQ", ("run/HEAD",)),)
 HALFWAY = (
     Halfway("half calibrate", "calibrate", 2),
     Halfway("half AWQ", "layerwise AWQ", 1),
+    Halfway("half GPTQ", "layerwise GPTQ", 1),
     Halfway("half export", "export", 2),
 )
 

@@ -1,17 +1,20 @@
 """Which schedule comes next for a run, and what a solver still owes it."""
 
 import os
+from pathlib import Path
 from typing import Literal, cast
 
 import torch
 
 from stages.calibrate.prepare import Prepared
+from stages.recipe.chain import outdated
 from stages.recipe.solvers import Solver
 from stages.settings import CalibrateSettings
 from state.errors import InputError
 from state.head import Head
 from state.names import split_name
 from state.objects import solutions
+from state.reader import open_run
 
 Name = Literal["whole", "layerwise"]
 
@@ -25,7 +28,7 @@ def next_schedule(settings: CalibrateSettings, work: Prepared, head: Head) -> Na
     with a solver the statistics come from the same pass.
     Raises InputError where --schedule contradicts what the run needs.
     """
-    unsolved = work.solver is not None and unsolved_layers(work, work.solver, head)
+    unsolved = work.solver is not None and unsolved_layers(work, work.solver, head, settings.run)
     if head.finished and not unsolved:
         return None
     if head.finished:
@@ -47,10 +50,20 @@ def _begun(head: Head) -> Name | None:
     return "whole" if head.cursor.batch else "layerwise"
 
 
-def unsolved_layers(work: Prepared, solver: Solver, head: Head) -> set[int]:
-    """Decoder layers with quantized modules and no solution of this solver yet."""
+def unsolved_layers(work: Prepared, solver: Solver, head: Head, run: Path) -> set[int]:
+    """Decoder layers with quantized modules and no solution of this solver, or one that holds no more."""
     layers = {split_name(module)[1] for module in work.quantizers.weights}
-    return {layer for layer in layers if layer is not None} - solved_layers(solver.id, head)
+    solved = solved_layers(solver.id, head) - outdated_layers(solver, head, run).keys()
+    return {layer for layer in layers if layer is not None} - solved
+
+
+def outdated_layers(solver: Solver, head: Head, run: Path) -> dict[int, int]:
+    """Layers whose solutions hold no more → the layer that has another one than they were made behind."""
+    solved = solved_layers(solver.id, head)
+    if not solver.two_streams or not solved:
+        return {}
+    stored = open_run(run)
+    return outdated({layer: stored.solution(solver.id, layer).attributes for layer in solved})
 
 
 def solved_layers(solver_id: str, head: Head) -> set[int]:

@@ -48,6 +48,9 @@ class LayerSolver(Protocol):
     def solve(self, step: LayerStep, moments: Moments) -> Solution | None:
         """The layer's solution, from its loaded weights; None where nothing in it is quantized."""
 
+    def take_outdated(self) -> dict[int, int]:
+        """Layers whose solutions hold no more since this was last asked → the layer that made them so."""
+
     def pass_by(self, step: LayerStep) -> None:
         """Go on behind a layer that is not solved now."""
 
@@ -159,13 +162,14 @@ class LayerByLayer:
                 if not self.finished and step.layer == min(first + 1, self.layers - 1):
                     # Not behind the first layer, when a GPU has little queued: it would wait meanwhile.
                     outside = self._background.submit(self._outside_weights)
-                solution = None
+                solution, outdated = None, dict[int, int]()
                 if self.solver is not None:
                     moments = wanted.pop(step.layer, None)
                     if moments is not None:
                         solution = self.solver.solve(step, moments)
                     else:
                         self.solver.pass_by(step)
+                    outdated = self.solver.take_outdated()
                 if last and outside is not None:
                     for site, amax in outside.result().items():
                         self.statistics.set_weight(*layout.locate(site), amax)
@@ -173,7 +177,8 @@ class LayerByLayer:
                     step.seal()
                 position = Cursor(pass_number=cursor.pass_number, layer=step.layer + 1)
                 solutions = () if solution is None else (solution,)
-                yield Step(position, self.finished or last, self.tokens, commit=True, solutions=solutions)
+                finished = self.finished or last
+                yield Step(position, finished, self.tokens, True, solutions, outdated)
 
     def _share(self, tokens: int, layer: int) -> int | None:
         """A layer's part of the work on some tokens, counted in tokens; None where it is only done again."""

@@ -20,6 +20,7 @@ from stages.calibrate.signals import StopRequest
 from stages.fold.folds import FoldMap, FoldSite
 from stages.formats import WeightFormat
 from stages.model.skeleton import Skeleton
+from stages.recipe.chain import links, outdated
 from stages.recipe.quantizer_plan import QuantizerPlan
 from stages.recipe.solvers import Solver, stacked_name
 from stages.solve.layer import Group, Place, solve_layer
@@ -66,6 +67,9 @@ class SolverPass:
         self.require_finite, self.read = require_finite, read
         self.stream, self.stored = stream, stored
         self.modules = _modules_by_layer(quantizers)
+        # What is kept with the solutions that later ones are made behind.
+        self._chain = {layer: stored(layer).attributes for layer in solved} if stream is not None else {}
+        self._outdated: dict[int, int] = {}
 
     @property
     def two_streams(self) -> bool:
@@ -113,8 +117,28 @@ class SolverPass:
             if self.stream is not None:
                 self.stream.advance(step, found.arrays)
         attributes |= {"method": method, "policies": found.policies, "kept_at_one": folds.impossible}
+        arrays = to_host(found.arrays)
         self.solved.add(layer)
-        return Solution(self.solver.id, layer, to_host(found.arrays), attributes)
+        if self.stream is not None:
+            before = {earlier: kept for earlier, kept in self._chain.items() if earlier < layer}
+            attributes |= links(arrays, before)
+            self._chain[layer] = attributes
+            self._drop_outdated()
+        return Solution(self.solver.id, layer, arrays, attributes)
+
+    def take_outdated(self) -> dict[int, int]:
+        """Layers whose solutions hold no more since this was last asked → the layer that has another one than
+        they were made behind. They count as missing.
+        """
+        found, self._outdated = self._outdated, {}
+        return found
+
+    def _drop_outdated(self) -> None:
+        found = outdated(self._chain)
+        for layer in found:
+            del self._chain[layer]
+        self.solved -= found.keys()
+        self._outdated |= found
 
     def pass_by(self, step: LayerStep) -> None:
         """Go on behind a layer that is not solved now: its solution is stored, or nothing in it is

@@ -1,7 +1,7 @@
 """What every schedule has in common: a series of steps from a cursor to the end."""
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Protocol, Self
 
@@ -18,6 +18,8 @@ class Step:
     cursor: where the next step begins. finished: the statistics are complete. tokens: how many have gone
     through the model by now, or through the layers before `cursor.layer` where these come one by one.
     commit: worth a commit, however short ago the last one was. solutions: what a solver found on the way.
+    outdated: layers whose stored solutions hold no more → the layer that has another one than they were made
+    behind.
     """
 
     cursor: Cursor
@@ -25,6 +27,7 @@ class Step:
     tokens: int
     commit: bool = False
     solutions: tuple[Solution, ...] = ()
+    outdated: Mapping[int, int] = field(default_factory=dict)
 
 
 class Schedule(Protocol):
