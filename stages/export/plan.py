@@ -14,6 +14,7 @@ from stages.export.provenance import export_identity, require_same_config, requi
 from stages.export.records import REPORT
 from stages.export.report import ExportReport, describe
 from stages.export.shards import index
+from stages.export.solved_inputs import not_as_solved
 from stages.export.tensors import Ingredients
 from stages.export.units import Shard, assign_shards, check_engine_rules, check_widths, plan_units
 from stages.model.cast_source import told_of_cast
@@ -76,13 +77,14 @@ def plan_export(settings: ExportSettings, progress: Progress) -> ExportPlan:
     if settings.mxfp4_scale == "cast":
         cast = cast_of(source, plan.matrices, quantizers, solver)
     policies = Policies(settings.unseen, settings.conflict, settings.dead, settings.expert_input_scale)
+    groups = run.layout.groups("same_input"), run.layout.groups("engine_fused")
     decisions = decide(
         replace(applied.found, weights={**applied.found.weights, **cast.amax}),
         quantizers,
-        run.layout.groups("same_input"),
-        run.layout.groups("engine_fused"),
+        *groups,
         policies,
     )
+    other_inputs = not_as_solved(solver, applied.found, quantizers, *groups, policies)
     units = plan_units(
         source.tensors,
         quantizers,
@@ -100,7 +102,7 @@ def plan_export(settings: ExportSettings, progress: Progress) -> ExportPlan:
         shards,
         len(quantizers.kv),
         source_bytes,
-        (*decisions.uses, *applied.policies, *cast.uses(quantizers, decisions.scales)),
+        (*decisions.uses, *other_inputs, *applied.policies, *cast.uses(quantizers, decisions.scales)),
         not run.head.finished,
         None if solver is None else solver.id,
         applied.kept_at_one,

@@ -15,6 +15,7 @@ from stages.export.reading import SourceReader
 from stages.export.records import REPORT
 from stages.export.report import ExportReport
 from stages.export.shards import Assembly, Made
+from stages.export.solved_inputs import NOT_AS_SOLVED
 from stages.export.standing import Wanted
 from stages.export.tensors import TensorMaker, Work, all_work
 from stages.progress import Progress, Silent
@@ -126,6 +127,9 @@ def _told(results: Iterable[tuple[Work, list[Made]]], progress: Progress) -> Ite
 
 
 def _tell_policies(report: ExportReport, progress: Progress) -> None:
+    for use in report.policies:
+        if use.policy == NOT_AS_SOLVED:
+            progress.warn(use.detail)
     for policy, count in report.policy_counts().items():
         tell = progress.warn if policy in WARNED else progress.note
         tell(f"policy {policy} acted on {count} quantizers; {REPORT} names them")

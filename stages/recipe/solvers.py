@@ -5,11 +5,12 @@ Its solutions lie in the run under the solver's id, one group per decoder layer;
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal, cast, get_args
 
 from stages.formats import TABLE
 from stages.recipe.quantizer_plan import QuantizerPlan
+from stages.unify import Policies
 from state.errors import InputError
 from state.identity import digest_json
 from state.names import split_name
@@ -19,8 +20,8 @@ Method = Literal["awq_lite", "awq_clip", "awq_full", "gptq", "local_hessian", "s
 MATHS_VERSION = 4
 """Goes up when a change of stages/solve changes what a solver finds."""
 
-TWO_STREAMS = "rounded, behind quantized layers, unified by default"
-"""The inputs that solvers with two streams see, in their identity."""
+INPUT_POLICIES = Policies()
+"""Those under which the inputs that solvers with two streams see are unified before they are rounded."""
 
 AWQ_LITE_FIXED = {"alpha_step": 0.1}
 AWQ_CLIP_FIXED = {"min_clip_ratio": 0.5, "shrink_step": 0.05}
@@ -106,10 +107,13 @@ def solver_of(quantizers: QuantizerPlan) -> Solver | None:
         "weights": weights,
         "maths": MATHS_VERSION,
     }
-    if method == "gptq" and not recipe.awq_first:
-        identity["inputs"] = TWO_STREAMS
+    solver = Solver(method, recipe.awq_first, method != "smoothquant", damping, alpha, id="")
+    if solver.two_streams:
+        identity["behind"] = "quantized layers"
+        if quantizers.inputs:
+            identity["inputs"] = {"rounded under": asdict(INPUT_POLICIES)}
     short = digest_json(identity).rpartition(":")[2][:8]
-    return Solver(method, recipe.awq_first, method != "smoothquant", damping, alpha, f"{method}-{short}")
+    return replace(solver, id=f"{method}-{short}")
 
 
 def stacked_name(module: str) -> str:

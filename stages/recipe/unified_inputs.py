@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from stages.recipe.quantizer_plan import QuantizerPlan
-from stages.recipe.solvers import stacked_name
+from stages.recipe.solvers import INPUT_POLICIES, stacked_name
 from stages.unify import ExpertFamily, Policies, PolicyUse, unify
 from state.names import split_name
 
@@ -64,6 +64,24 @@ def unified_inputs(
         elif input_quantizer(module) in found.amax:
             result[module] = found.amax[input_quantizer(module)]
     return result, found.uses
+
+
+def solver_inputs(
+    observed: Mapping[str, Tensor], quantizers: QuantizerPlan, same_input: Groups, engine_fused: Groups
+) -> dict[str, Tensor | None]:
+    """`unified_inputs` as solvers that see rounded inputs take them: under `INPUT_POLICIES`, and without the
+    modules that nothing is known of, whose inputs stay as they are: never observed, and in a layer of experts
+    none of which was.
+    """
+    unseen = {name for name, amax in observed.items() if bool(amax.isnan().all())}
+    families = [
+        {input_quantizer(module) for module in members}
+        for members in expert_families(quantizers.inputs).values()
+    ]
+    of_experts = set().union(*families)
+    unknown = (unseen - of_experts).union(*(family for family in families if family <= unseen))
+    known = {name: amax for name, amax in observed.items() if name not in unknown}
+    return unified_inputs(known, quantizers, same_input, engine_fused, INPUT_POLICIES)[0]
 
 
 def _families(quantizers: QuantizerPlan) -> list[ExpertFamily]:

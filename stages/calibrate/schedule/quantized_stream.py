@@ -17,15 +17,14 @@ from stages.calibrate.schedule.layer_matrices import LayerMatrices
 from stages.formats.quantized import Quantized
 from stages.model.skeleton import Skeleton
 from stages.recipe.quantizer_plan import QuantizerPlan
-from stages.recipe.unified_inputs import Groups, expert_families, input_quantizer, unified_inputs
-from stages.unify import Policies
+from stages.recipe.unified_inputs import Groups, input_quantizer, solver_inputs
 from state.names import Site, split_name
 
 
 class QuantizedStream:
     """Hidden states that come out of quantized layers, with inputs rounded as engines round them.
 
-    The scales of inputs are those that an export with the policies of `Policies()` writes; they come from the
+    The scales of inputs are those that an export under `INPUT_POLICIES` writes; they come from the
     statistics, which are those of the model as it is.
     """
 
@@ -74,21 +73,11 @@ class QuantizedStream:
     def _roundings(self, layer: int) -> dict[str, Rounding]:
         """What rounds the inputs of a layer's modules: those that the recipe quantizes and tokens reached."""
         inputs = self._inputs.get(layer, {})
-        observed = {input_quantizer(module): self._amax(module) for module in inputs}
-        families = [[input_quantizer(m) for m in own] for own in expert_families(inputs).values()]
-        for group in families:
-            if all(bool(observed[name].isnan().all()) for name in group):
-                for name in group:
-                    del observed[name]
-        in_families = {name for group in families for name in group}
-        seen = {
-            name: amax
-            for name, amax in observed.items()
-            if name in in_families or not bool(amax.isnan().all())
-        }
-        plan = replace(self.quantizers, inputs=inputs)
-        amax, _ = unified_inputs(
-            seen, plan, self._same_input.get(layer, []), self._engine_fused.get(layer, []), Policies()
+        amax = solver_inputs(
+            {input_quantizer(module): self._amax(module) for module in inputs},
+            replace(self.quantizers, inputs=inputs),
+            self._same_input.get(layer, []),
+            self._engine_fused.get(layer, []),
         )
         device = next(iter(self.statistics.tokens.values())).device
         formats = self.quantizers.weights

@@ -27,8 +27,8 @@ from stages.calibrate.run import calibrate
 from stages.calibrate.schedule.quantized_stream import QuantizedStream
 from stages.progress import Silent
 from stages.solve import gptq
-from state.durable import Disk
 from state.objects import SOLUTION
+from state.place import PlacedDisk
 from state.reader import open_run
 from tests.stages.calibrate import runs
 from tests.stages.export import support
@@ -93,15 +93,15 @@ def _first_sweep(moment: Moment) -> Iterator[None]:
 
 @contextmanager
 def _commit(moment: Moment) -> Iterator[None]:
-    """Ahead of each operation on the disk in a commit that may hold solutions."""
-    before = Disk.before
+    """Ahead of each file that a commit writes, names or publishes."""
+    before = PlacedDisk.before
 
-    def watched(self: Disk, operation: str, path: Path) -> None:
+    def watched(self: PlacedDisk, operation: str, path: Path) -> None:
         if operation in ("put", "rename", "publish") and "activations" not in path.parts:
             moment.pass_by()
         before(self, operation, path)
 
-    with patch.object(Disk, "before", watched):
+    with patch.object(PlacedDisk, "before", watched):
         yield
 
 
@@ -176,7 +176,7 @@ def moments(inputs: Path, scratch: Path, kind: str, every: bool) -> list[int]:
         raise SystemExit(f"{kind}: {counting.seen} moments, {expected} were expected")
     if not every:
         return [counting.seen // 2]
-    return list(range(0, counting.seen, 1 if expected else max(1, counting.seen // 12)))
+    return list(range(0, counting.seen, 1 if expected else counting.seen // 20))
 
 
 def main() -> None:

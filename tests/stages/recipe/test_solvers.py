@@ -1,13 +1,17 @@
 """Solvers as recipes ask for them, and the names of their arrays."""
 
+from dataclasses import asdict
 from typing import Any
 
 import pytest
 
 from stages.formats import FP8, INT4_AWQ, INT8_SQ, NVFP4, WeightFormat
+from stages.recipe import solvers
 from stages.recipe.quantizer_plan import QuantizerPlan
 from stages.recipe.recipes import Recipe, resolve
 from stages.recipe.solvers import array_name, solver_of, stacked_name
+from stages.settings import ExportSettings
+from stages.unify import Policies
 from state.errors import InputError
 
 
@@ -52,6 +56,30 @@ def test_the_id_follows_what_changes_the_result() -> None:
         solver_id("local_hessian"),
     ]
     assert len({plain, *others}) == len(others) + 1
+
+
+def test_gptqs_id_follows_the_policies_under_which_inputs_are_unified(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Where inputs are rounded, and where it sees what leaves quantized layers."""
+
+    def ids() -> list[str]:
+        weights: dict[str, WeightFormat] = {"layers.0.up": NVFP4}
+        both = QuantizerPlan(Recipe("test", [], "gptq", {}), weights, {"layers.0.up": "up.input_quantizer"})
+        solver = solver_of(both)
+        assert solver is not None and solver.two_streams
+        return [solver.id, solver_id("gptq"), solver_id("gptq", awq_first=True), solver_id("awq_lite")]
+
+    before = ids()
+    monkeypatch.setattr(solvers, "INPUT_POLICIES", Policies(expert_input_scale="expert"))
+    changed = [one != other for one, other in zip(before, ids(), strict=True)]
+    assert changed == [True, False, False, False] and len(set(before)) == 4
+
+
+def test_inputs_are_unified_as_an_export_does_that_names_no_policy() -> None:
+    fields = ("unseen", "conflict", "dead", "expert_input_scale")
+    defaults = {name: ExportSettings.model_fields[name].default for name in fields}
+    assert asdict(solvers.INPUT_POLICIES) == defaults
 
 
 @pytest.mark.parametrize(

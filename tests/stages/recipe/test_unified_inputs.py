@@ -10,7 +10,7 @@ from torch import Tensor
 from stages.formats import FP8
 from stages.recipe.quantizer_plan import QuantizerPlan
 from stages.recipe.recipes import Recipe
-from stages.recipe.unified_inputs import expert_families, input_quantizer, unified_inputs
+from stages.recipe.unified_inputs import expert_families, input_quantizer, solver_inputs, unified_inputs
 from stages.unify import Policies
 from state.errors import InputError
 
@@ -73,3 +73,22 @@ def test_experts_of_a_layer_are_one_family_in_order() -> None:
         "layers.0.experts.E.up_proj": EXPERTS,
         "layers.1.experts.E.up_proj": ["layers.1.experts.0.up_proj"],
     }
+
+
+def test_solvers_see_what_an_export_writes() -> None:
+    """Under the policies that are the default; an expert that no token reached has its layer's largest."""
+    seen = observed(**dict(zip((Q, K, *EXPERTS), (2.0, 1.0, 1.0, math.nan, 4.0), strict=True)))
+    fused = plan(Q, K, *EXPERTS, fused_experts=frozenset(EXPERTS))
+    found = solver_inputs(seen, fused, [], [(Q, K)])
+    assert found == unified_inputs(seen, fused, [], [(Q, K)], Policies())[0]
+    assert values(found) == {Q: 2.0, K: 2.0} | dict.fromkeys(EXPERTS, 4.0)
+
+
+def test_inputs_that_nothing_is_known_of_stay_as_they_are() -> None:
+    """An export refuses these, or leaves their scales out; a solver goes on."""
+    others = [module.replace("experts", "shared.experts") for module in EXPERTS[:2]]
+    seen = observed(**{Q: 2.0, UP: math.nan} | dict.fromkeys(EXPERTS, math.nan), **dict.fromkeys(others, 3.0))
+    made = plan(Q, UP, *EXPERTS, *others)
+    assert values(solver_inputs(seen, made, [], [])) == {Q: 2.0} | dict.fromkeys(others, 3.0)
+    with pytest.raises(InputError):
+        unified_inputs(seen, made, [], [], Policies())
