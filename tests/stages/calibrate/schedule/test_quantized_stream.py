@@ -1,5 +1,6 @@
 """Two streams: statistics of the model as it is, solutions behind what will be served."""
 
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 
@@ -22,9 +23,10 @@ from stages.settings import ExportSettings
 from state.names import split_name
 from state.reader import open_run
 from state.source import Source
-from tests.stages.calibrate import runs
+from tests.stages.calibrate import families, runs
 from tests.stages.calibrate.schedule.test_layerwise import GPTQ, arrays, make_inputs, solutions
 from tests.stages.calibrate.schedule.two_streams import looking
+from tests.stages.export import support
 from tests.stages.export.support import quiet
 from tests.stages.export.test_solutions import write_recipe
 from tests.stages.formats.test_toy import RECIPE as WEIGHTS_ALONE
@@ -94,11 +96,9 @@ def served(model: Path, out: Path, batches: tuple[Tensor, ...], format: WeightFo
         with torch.no_grad():
             for name, values in matrices.parameters(stacked).items():
                 skeleton.model.get_parameter(name).copy_(values)
-    with (
-        torch.inference_mode(),
-        rounded_inputs(skeleton, skeleton.model, "model.layers.0", roundings),
-        rounded_inputs(skeleton, skeleton.model, "model.layers.1", roundings),
-    ):
+    with torch.inference_mode(), ExitStack() as stack:
+        for number in range(len(layers)):
+            stack.enter_context(rounded_inputs(skeleton, skeleton.model, f"model.layers.{number}", roundings))
         for batch in batches:
             skeleton.model(input_ids=batch, use_cache=False)
     return found
@@ -116,15 +116,33 @@ def test_the_second_stream_is_what_the_exported_checkpoint_computes(
     name: str, inputs: Path, tmp_path: Path
 ) -> None:
     """Bit for bit: the weights read from the checkpoint, inputs rounded under the scales that lie in it."""
-    recipe = write_recipe(tmp_path / "recipe.yaml", "gptq", name, INPUT_OF[name])
+    compare_with_the_checkpoint(inputs, tmp_path, name)
+
+
+@pytest.mark.parametrize("family", ["deepseek_v3", "glm4_moe", "gemma4_moe", "qwen3_next"])
+def test_other_families_too(family: str, tmp_path: Path) -> None:
+    """MLA, shared experts, experts beside a dense part, linear attention."""
+    config = families.tiny_config(family)
+    config.vocab_size = support.SIZES["vocab_size"]
+    for name in ("q_lora_rank", "moe_intermediate_size", "shared_expert_intermediate_size"):
+        if getattr(config, name, None) == 24:
+            setattr(config, name, 32)  # whole blocks
+    support.make_model(tmp_path / "model", config)
+    support.make_text(tmp_path / "text.jsonl")
+    compare_with_the_checkpoint(tmp_path, tmp_path, "nvfp4")
+
+
+def compare_with_the_checkpoint(inputs: Path, folder: Path, name: str) -> None:
+    recipe = write_recipe(folder / "recipe.yaml", "gptq", name, INPUT_OF[name])
     with looking() as looked:
-        calibrate(settings(inputs, tmp_path / "run", recipe=recipe), Silent())
-    export(ExportSettings(run=tmp_path / "run", out=tmp_path / "out"), Silent())
-    tokens = torch.from_numpy(open_run(tmp_path / "run").tokens.astype("int64"))
-    expected = served(inputs / "model", tmp_path / "out", tokens.split(5), FORMATS[name])
-    for layer in (0, 1):
-        assert len(expected[layer]) == len(looked.second[layer]) == 3
-        for ours, theirs in zip(looked.second[layer], expected[layer], strict=True):
+        calibrate(settings(inputs, folder / "run", recipe=recipe), Silent())
+    export(ExportSettings(run=folder / "run", out=folder / "out"), Silent())
+    tokens = torch.from_numpy(open_run(folder / "run").tokens.astype("int64"))
+    expected = served(inputs / "model", folder / "out", tokens.split(5), FORMATS[name])
+    assert looked.second.keys() == set(range(len(expected)))
+    for layer, states in looked.second.items():
+        assert len(expected[layer]) == len(states) == 3
+        for ours, theirs in zip(states, expected[layer], strict=True):
             assert ours.equal(theirs), f"layer {layer}"
 
 
