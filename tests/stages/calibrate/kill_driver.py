@@ -11,7 +11,7 @@ import shutil
 import signal
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -165,18 +165,17 @@ def survive(inputs: Path, run: Path, whole: Content, memory: int, kind: str, at:
         raise SystemExit(f"{kind} {at}, memory {memory}: other bytes in {differing[:5]}")
 
 
-def moments(inputs: Path, scratch: Path, kind: str, every: bool) -> list[int]:
-    """Which of a kind's moments are tried."""
-    counting = Moment(None)
-    with KINDS[kind][0](counting):
-        make(inputs, scratch / "counted", FILES)
-    shutil.rmtree(scratch / "counted")
-    expected = KINDS[kind][1]
-    if expected and counting.seen != expected:
-        raise SystemExit(f"{kind}: {counting.seen} moments, {expected} were expected")
-    if not every:
-        return [counting.seen // 2]
-    return list(range(0, counting.seen, 1 if expected else counting.seen // 20))
+def counted(inputs: Path, run: Path) -> dict[str, int]:
+    """How many moments of each kind an undisturbed calibration has."""
+    counting = {kind: Moment(None) for kind in KINDS}
+    with ExitStack() as stack:
+        for kind, (watched, _) in KINDS.items():
+            stack.enter_context(watched(counting[kind]))
+        make(inputs, run, FILES)
+    for kind, (_, expected) in KINDS.items():
+        if expected and counting[kind].seen != expected:
+            raise SystemExit(f"{kind}: {counting[kind].seen} moments, {expected} were expected")
+    return {kind: moment.seen for kind, moment in counting.items()}
 
 
 def main() -> None:
@@ -185,11 +184,12 @@ def main() -> None:
     inputs = scratch / "inputs"
     support.make_model(inputs / "model", support.config_of("qwen3_moe", num_hidden_layers=LAYERS))
     support.make_text(inputs / "text.jsonl")
-    make(inputs, scratch / "whole", MEMORY)
+    counts = counted(inputs, scratch / "whole")
     whole = content(scratch / "whole")
     survived = {}
-    for kind in KINDS:
-        chosen = moments(inputs, scratch, kind, every)
+    for kind, (_, expected) in KINDS.items():
+        step = 1 if expected else counts[kind] // 20
+        chosen = range(0, counts[kind], step) if every else [counts[kind] // 2]
         for at in chosen:
             survive(inputs, scratch / "run", whole, FILES, kind, at, twice=every)
             if every:
