@@ -35,6 +35,8 @@ class State:
 STATES = (
     State("finished run", "layerwise AWQ", "layerwise AWQ", "calibrate"),
     State("half-finished run", "half AWQ", "layerwise AWQ", "half calibrate"),
+    State("finished run of GPTQ", "layerwise GPTQ", "layerwise GPTQ", "calibrate"),
+    State("half-finished run of GPTQ", "half GPTQ", "layerwise GPTQ", "half calibrate"),
     State("run to be exported", "layerwise AWQ", "export AWQ", "calibrate"),
     State("finished export", "export", "export", "export AWQ"),
     State("half-finished export", "half export", "export", "export AWQ"),
