@@ -178,7 +178,9 @@ class LayerByLayer:
                 position = Cursor(pass_number=cursor.pass_number, layer=step.layer + 1)
                 solutions = () if solution is None else (solution,)
                 finished = self.finished or last
-                yield Step(position, finished, self.tokens, True, solutions, outdated)
+                yield Step(
+                    position, finished, self.tokens, commit=True, solutions=solutions, outdated=outdated
+                )
 
     def _share(self, tokens: int, layer: int) -> int | None:
         """A layer's part of the work on some tokens, counted in tokens; None where it is only done again."""
