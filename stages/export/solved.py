@@ -100,7 +100,7 @@ class Solved:
 
         Raises InputError for a module in a layer that GPTQ left out.
         """
-        if self.solver.method != "gptq" or split_name(module)[1] not in self._solutions:
+        if self.solver.method not in ("gptq", "tune") or split_name(module)[1] not in self._solutions:
             return None
         values = self.get(module, "values" if leaf == "weight" else "block_scale")
         if values is None:

@@ -40,7 +40,7 @@ class Nvfp4(WeightFormat):
     tensor_leaf = "weight_scale_2"
     shared_over = "engine groups"
     candidates_count = len(CODE_OFFSETS)
-    solvers = frozenset({"awq_lite", "awq_clip", "awq_full", "gptq", "local_hessian"})
+    solvers = frozenset({"awq_lite", "awq_clip", "awq_full", "gptq", "local_hessian", "tune"})
     holds_together = True
     engines = ("vllm", "sglang", "trtllm")
 

@@ -18,8 +18,11 @@ from state.identity import digest_json
 PRESETS = "configs/ptq/presets/model"
 """Where modelopt's library of recipes has its presets."""
 
-ALGORITHMS = ("max", "awq_lite", "awq_clip", "awq_full", "gptq", "local_hessian", "smoothquant")
+ALGORITHMS = ("max", "awq_lite", "awq_clip", "awq_full", "gptq", "local_hessian", "smoothquant", "tune")
 """Those that are served."""
+
+TUNED = {"nvfp4_tuned": "nvfp4", "w4a16_nvfp4_tuned": "w4a16_nvfp4"}
+"""Presets of our own: the preset of modelopt's whose quantizers each has, with the algorithm `tune`."""
 
 NAMED = 3  # recipes suggested for a name that is none
 
@@ -63,6 +66,8 @@ def resolve(name: str) -> Recipe:
     Raises InputError when modelopt knows no such recipe, when the file is not a post-training quantization
     recipe, or when it lists algorithms that can't be run one after the other here.
     """
+    if name in TUNED:
+        return _recipe(name, _load_preset(TUNED[name]) | {"algorithm": "tune"})
     if name in presets():
         return _recipe(name, _load_preset(name))
     if "/" not in name and not Path(name).is_file():

@@ -15,7 +15,7 @@ from state.errors import InputError
 from state.identity import digest_json
 from state.names import split_name
 
-Method = Literal["awq_lite", "awq_clip", "awq_full", "gptq", "local_hessian", "smoothquant"]
+Method = Literal["awq_lite", "awq_clip", "awq_full", "gptq", "local_hessian", "smoothquant", "tune"]
 
 MATHS_VERSION = 4
 """Goes up when a change of stages/solve changes what a solver finds."""
@@ -33,6 +33,7 @@ FIXED: dict[Method, dict[str, float]] = {
     "gptq": {},
     "local_hessian": LOCAL_HESSIAN_FIXED,
     "smoothquant": {},
+    "tune": {},
 }
 """Options of modelopt's that can be given with this value only."""
 
@@ -65,7 +66,7 @@ class Solver:
         """Whether it sees inputs as engines will: out of quantized layers, rounded. Where scales are searched
         too, they would have to be folded into each layer first.
         """
-        return self.method == "gptq" and not self.awq_first
+        return self.method == "tune" or self.method == "gptq" and not self.awq_first
 
     @property
     def searches_scales(self) -> bool:

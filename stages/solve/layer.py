@@ -73,10 +73,19 @@ class Place:
 
 @dataclass
 class LayerSolution:
-    """What was found: arrays by `<name>@<field>` and the policies that acted."""
+    """What was found: arrays by `<name>@<field>` and the policies that acted.
 
+    latents: stacked name → what GPTQ rounded to, and its latents (`gptq.solve_latent`), where asked for.
+    """
+
+    latents: dict[str, tuple[Quantized, Tensor]] = field(default_factory=dict)
     arrays: dict[str, Tensor] = field(default_factory=dict)
     policies: list[dict[str, object]] = field(default_factory=list)
+
+    def keep(self, name: str, quantized: Quantized) -> None:
+        """Keep how a stacked matrix [E, N, K] was rounded."""
+        for name_of_field, own in quantized.encoded().items():
+            self.arrays[f"{name}@{name_of_field}"] = own if _is_stacked(name) else own[0]
 
 
 def solve_layer(
@@ -86,6 +95,7 @@ def solve_layer(
     clip: bool,
     sweep: bool,
     damping: float | None,
+    latents: bool = False,
 ) -> LayerSolution:
     """Solve the quantized weights of one layer.
 
@@ -94,14 +104,14 @@ def solve_layer(
         places: where scales can be folded.
         scales_by_awq: search scales (awq_lite). clip: search clipping (awq_clip). sweep: search
             block scales (local_hessian). damping: of GPTQ, relative to the mean of H's diagonal; None to
-            round to nearest.
+            round to nearest. latents: keep GPTQ's.
     Raises InputError where one place feeds weights of different formats.
     """
     solution = LayerSolution()
     scales = _search(groups, places, solution) if scales_by_awq else {}
     for group in groups.values():
         folded = _fold_group(group, places, scales, with_site=clip or sweep or damping is not None)
-        amax = _finish(folded, clip, sweep, damping, solution)
+        amax = _finish(folded, clip, sweep, damping, latents, solution)
         solution.arrays |= {f"{name}@weight_amax": amax for name in folded.members}
     for group in groups.values():  # at the end: to look at the tokens is to wait for a GPU
         solution.policies += _few(group)
@@ -192,7 +202,9 @@ def _stacked(factor: Tensor | None, weights: Tensor) -> Tensor | None:
     return None if factor is None else factor.expand(len(weights), -1)
 
 
-def _finish(group: Group, clip: bool, sweep: bool, damping: float | None, solution: LayerSolution) -> Tensor:
+def _finish(
+    group: Group, clip: bool, sweep: bool, damping: float | None, latents: bool, solution: LayerSolution
+) -> Tensor:
     """Clip, rescale or compensate a folded group. Returns the amax its shared scale comes from, [E] ([] for
     one linear).
     """
@@ -208,10 +220,17 @@ def _finish(group: Group, clip: bool, sweep: bool, damping: float | None, soluti
     if sweep:
         _keep_blocks(group, scale_search.search(group.format, weights, group.moment, amax).amax, solution)
     if damping is not None:
-        quantized = gptq.solve(weights, group.moment, group.format, amax=amax, damping=damping)
+        given = weights, group.moment, group.format, amax, damping
+        if latents:
+            quantized, values = gptq.solve_latent(*given)
+            split = group.split(values)
+            solution.latents |= {
+                name: (own, split[name]) for name, own in _members(group, quantized).items()
+            }
+        else:
+            quantized = gptq.solve(*given)
         for name, member in _members(group, quantized).items():
-            for name_of_field, own in member.encoded().items():
-                solution.arrays[f"{name}@{name_of_field}"] = own if _is_stacked(name) else own[0]
+            solution.keep(name, member)
     flat = amax.reshape(-1)
     return flat if _is_stacked(next(iter(group.members))) else flat[0]
 

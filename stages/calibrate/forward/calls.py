@@ -8,7 +8,7 @@ filled in and taken out again.
 import json
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, MutableMapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -202,7 +202,7 @@ class Calls:
         buffer = self._own[layer] if (layer, batch) in self._has_own else None
         own = {} if buffer is None else buffer.read(batch) if last else buffer.peek(batch)
 
-        def replace(value: Any) -> Any:
+        def given(value: Any) -> Any:
             match value:
                 case Hidden():
                     return state[HIDDEN]
@@ -213,7 +213,7 @@ class Calls:
                 case Returned(place):
                     return state.get(returned_name(place))
 
-        args, kwargs = call.fill(replace)
+        args, kwargs = call.fill(given)
         wanted = calls[layer + 1].returned() if layer + 1 < len(calls) else set()
         return BoundCall(args, kwargs, carried, wanted)
 
@@ -242,6 +242,11 @@ class BoundCall:
     carried: dict[str, MutableMapping[Any, Any]]
     wanted: set[int]
 
+    def copied(self) -> "BoundCall":
+        """The same with copies of the tensors that were made in inference mode: autograd keeps no such."""
+        args, kwargs = _filled(self.args, _copy_inference), _filled(self.kwargs, _copy_inference)
+        return replace(self, args=args, kwargs=kwargs)
+
     def run(self, module: Layer, returns: int) -> State:
         """The state after the layer. returns: what `examine` found the parent to take from each layer.
 
@@ -254,6 +259,10 @@ class BoundCall:
             raise LayerwiseUnsupported(f"{type(module).__name__} returns a {type(output).__name__}")
         more = {returned_name(place): values[place] for place in self.wanted if values[place] is not None}
         return {HIDDEN: values[0], **more, **pack_carried(self.carried)}
+
+
+def _copy_inference(value: Any) -> Any:
+    return value.clone() if isinstance(value, torch.Tensor) and value.is_inference() else value
 
 
 def returned_name(place: int) -> str:

@@ -36,6 +36,14 @@ class Replay:
         """The state behind `layer` for a batch whose state before it is given."""
         return self.calls.bind(self.layer, batch, state, last=False).run(layer, self.returns)
 
+    def differentiable(self, batch: int, layer: Layer) -> torch.Tensor:
+        """The hidden state behind `layer` for a batch, with a gradient; to be called outside inference mode,
+        whose tensors are copied.
+        """
+        state = {name: value.clone() for name, value in self.second.peek(batch).items()}
+        call = self.calls.bind(self.layer, batch, state, last=False)
+        return call.copied().run(layer, self.returns)[HIDDEN]
+
     def target(self, batch: int) -> torch.Tensor:
         """The first stream's hidden state behind the layer, [windows, seq, channels]."""
         return self.first.peek_behind(batch)[HIDDEN]

@@ -16,6 +16,7 @@ from stages.calibrate.observe.second_moments import Moments
 from stages.calibrate.schedule.layer_matrices import LayerMatrices
 from stages.calibrate.schedule.proving import Prover
 from stages.calibrate.schedule.quantized_stream import QuantizedStream
+from stages.calibrate.schedule.tuning import tune
 from stages.calibrate.signals import StopRequest
 from stages.fold.folds import FoldMap, FoldSite
 from stages.formats import WeightFormat
@@ -112,8 +113,14 @@ class SolverPass:
                 scales_by_awq=self.solver.searches_scales,
                 clip=method in ("awq_clip", "awq_full"),
                 sweep=method == "local_hessian",
-                damping=self.solver.damping if method == "gptq" else None,
+                damping=self.solver.damping if method in ("gptq", "tune") else None,
+                latents=method == "tune",
             )
+            if method == "tune":
+                assert self.stream is not None
+                for name, quantized in tune(step, self.stream, found.latents).items():
+                    found.keep(name, quantized)
+                found.latents.clear()
             if self.stream is not None:
                 self.stream.advance(step, found.arrays)
         attributes |= {"method": method, "policies": found.policies, "kept_at_one": folds.impossible}
