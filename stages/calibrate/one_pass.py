@@ -24,6 +24,7 @@ from stages.calibrate.schedule.solving import SolverPass
 from stages.calibrate.schedule.steps import Schedule, Step
 from stages.calibrate.schedule.whole import WholeModel
 from stages.calibrate.signals import StopRequest
+from stages.calibrate.text.more_windows import more_windows
 from stages.commands import calibrate_command
 from stages.fold.proof import LayerProof
 from stages.model.weights import read_tensor
@@ -147,6 +148,11 @@ class Pass:
         statistics = Accumulators(layout, work.device, self._stored(layout))
         if work.skeleton.model._can_set_experts_implementation():
             work.skeleton.model.set_experts_implementation(settings.experts)
+        solver = self._solver(statistics)
+        circumstances, more = work.circumstances, None
+        if solver is not None and solver.two_streams:
+            circumstances["solver"] = solver.solver.id
+            more = more_windows(work.tokens) if solver.solver.method == "tune" else None
         schedule = LayerByLayer(
             work.skeleton,
             work.source,
@@ -157,10 +163,11 @@ class Pass:
             settings.run,
             _limits(settings, work.device),
             self.writer.head.finished,
-            self._solver(statistics),
+            solver,
             self._tick_or_stop,
-            work.circumstances,
+            circumstances,
             self.progress.warn,
+            more,
         )
         return schedule, statistics
 

@@ -86,6 +86,7 @@ class LayerwiseForward:
         rehearsing: copies of layers will be run, for which a short window's calls are captured too.
         recompute: given where there is a second stream, which whoever takes the steps advances; called for a
         layer before the first of them, to advance it there.
+        unobserved: int [windows, seq], windows that go through behind the others, outside of `observe`.
 
     Raises:
         LayerwiseUnsupported: the model can't be run this way (here and in all methods).
@@ -106,12 +107,16 @@ class LayerwiseForward:
         say: Callable[[str], None] = lambda message: None,
         rehearsing: bool = False,
         recompute: Callable[[LayerStep], None] | None = None,
+        unobserved: torch.Tensor | None = None,
     ) -> None:
         materialise_buffers(skeleton.model, device)
         self.decoder = find_decoder(skeleton.model)
         self._weights = Weights(self.decoder, skeleton.parameter_of, source, device)
         # All at once: a copy to a GPU waits for everything that was queued before it.
         self._batches = tokens.to(device, torch.int64).split(batch)
+        self._observed = len(self._batches)
+        if unobserved is not None and len(unobserved):
+            self._batches += unobserved.to(device, torch.int64).split(batch)
         self._recompute = recompute
         each = limits if recompute is None else Limits(limits.device // 2, limits.host // 2)
 
@@ -192,7 +197,8 @@ class LayerwiseForward:
             if outside is not None:
                 self._load_outside()
             with observe(layer, module) if layer >= first else nullcontext():
-                self._run(layer, module, layer == entry, outside)
+                self._run(layer, module, layer == entry, range(self._observed), outside)
+            self._run(layer, module, layer == entry, range(self._observed, len(self._batches)), None)
             self._beside.join()
             self._weights.free(OUTSIDE)
             rehearsal, replay = self._rehearsal(layer), self._replay(layer)
@@ -241,17 +247,18 @@ class LayerwiseForward:
         return self._reader.submit(self._weights.read, layer) if self._weights.absent(layer) else None
 
     @torch.inference_mode()
-    def _run(self, layer: int, module: nn.Module, entering: bool, outside: Outside | None) -> None:
-        """All batches through a layer. entering: it is the first to run. outside: as in
-        `LayerwiseForward`."""
-        for batch in range(len(self._batches)):
+    def _run(
+        self, layer: int, module: nn.Module, entering: bool, batches: range, outside: Outside | None
+    ) -> None:
+        """Batches through a layer. entering: it is the first to run. outside: as in `LayerwiseForward`."""
+        for batch in batches:
             state = self._enter(layer, batch) if entering else self._states.read(batch)
             if batch == 0 and self._rehearsing:
                 self._first_shape = state[HIDDEN].shape
                 self._beside_first = {name: value.clone() for name, value in state.items() if name != HIDDEN}
             once = self._second is None
             state = self._calls.bind(layer, batch, state, last=once).run(module, self._returns)
-            if entering and batch == min(1, len(self._batches) - 1):
+            if entering and batch == min(1, self._observed - 1):
                 self._check()  # behind the batches that it is about: a GPU has them to compute meanwhile
             if layer + 1 < len(self.decoder.layers) or self._second is not None:
                 self._states.write(batch, state)

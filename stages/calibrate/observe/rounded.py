@@ -29,10 +29,21 @@ class RoundInput(torch.autograd.Function):
         return gradients[0], None
 
 
-def round_input(x: Tensor, rounding: Rounding) -> Tensor:
-    """x, `[..., K]`, as an engine multiplies with it."""
-    rounded: Tensor = RoundInput.apply(x, rounding)
-    return rounded
+class Rounder:
+    """Rounds inputs; q, k and v, which are handed the same tensor, get the same result."""
+
+    def __init__(self) -> None:
+        self._last: tuple[Tensor, Rounding, Tensor] | None = None
+
+    def __call__(self, x: Tensor, rounding: Rounding) -> Tensor:
+        """x, `[..., K]`, as an engine multiplies with it."""
+        if self._last is not None:
+            given, (format, scale), rounded = self._last
+            if given is x and format == rounding[0] and torch.equal(scale, rounding[1]):
+                return rounded
+        rounded = RoundInput.apply(x, rounding)
+        self._last = x, rounding, rounded
+        return rounded
 
 
 @contextmanager
@@ -46,6 +57,7 @@ def rounded_inputs(
     Args:
         layer: its name in memory. roundings: by hub module; others see their inputs as they are.
     """
+    rounder = Rounder()
     with ExitStack() as stack:
         # By name in memory: linears that the class merges have one input, which is rounded once.
         linears = {
@@ -54,7 +66,7 @@ def rounded_inputs(
             if linear.memory.startswith(f"{layer}.") and linear.hub in roundings
         }
         for memory, rounding in linears.items():
-            hook = _hook(rounding)
+            hook = _hook(rounder, rounding)
             handle = model.get_submodule(memory).register_forward_pre_hook(
                 hook, prepend=True, with_kwargs=True
             )
@@ -67,12 +79,14 @@ def rounded_inputs(
         yield
 
 
-def _hook(rounding: Rounding) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], Any]:
+def _hook(
+    rounder: Rounder, rounding: Rounding
+) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], Any]:
     def hook(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if args:
-            return (round_input(args[0], rounding), *args[1:]), kwargs
+            return (rounder(args[0], rounding), *args[1:]), kwargs
         name, values = next(iter(kwargs.items()))
-        return args, {**kwargs, name: round_input(values, rounding)}
+        return args, {**kwargs, name: rounder(values, rounding)}
 
     return hook
 
@@ -84,7 +98,7 @@ def _round_experts(
 
     def rounded(projection: str, rows: Tensor, expert: int) -> Tensor | None:
         rounding = roundings.get(f"{experts.hub}.{expert}.{leaves[projection]}")
-        return None if rounding is None else round_input(rows, rounding)
+        return None if rounding is None else RoundInput.apply(rows, rounding)
 
     # One scale for all experts of a fused module, that of the first.
     return watch_experts(

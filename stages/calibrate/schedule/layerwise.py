@@ -67,6 +67,7 @@ class LayerByLayer:
         limits: memory for hidden states; what is larger goes to files in the run, which a crash leaves to go
         on from.
         circumstances, say: see `HiddenStates`.
+        more: windows for the solver alone, int32 [windows, seq].
     """
 
     def __init__(
@@ -84,6 +85,7 @@ class LayerByLayer:
         tick: Callable[[int | None], None],
         circumstances: Circumstances,
         say: Callable[[str], None],
+        more: NDArray[np.int32] | None = None,
     ) -> None:
         self.skeleton, self.source, self.statistics = skeleton, source, statistics
         self.finished, self.solver, self.device = finished, solver, device
@@ -98,12 +100,13 @@ class LayerByLayer:
             device,
             run / FOLDER,
             limits,
-            lambda layer, number: tick(self._share(sizes[number], layer)),
+            lambda layer, number: tick(self._share(sizes[number], layer) if number < len(sizes) else None),
             None if finished else lambda: self._finishing.hand_to(statistics),
             circumstances,
             say,
             rehearsing=solver is not None,
             recompute=solver.pass_by if solver is not None and solver.two_streams else None,
+            unobserved=None if more is None else torch.from_numpy(more.astype(np.int64)),
         )
         self._finishing = Selected()
         self._new_from = 0
