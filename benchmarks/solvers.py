@@ -160,6 +160,7 @@ class Resident:
             read,
             stream,
             stored,
+            lambda message: print(message),
         )
         timed = Timed(solving, self.device)
         both = self._run(tokens, statistics, timed)

@@ -207,6 +207,7 @@ class Pass:
             lambda name: read_tensor(work.source, name),
             stream,
             lambda layer: stored.solution(solver.id, layer),
+            self.progress.warn,
         )
 
     def _proofs(self, solver_id: str, solved: set[int]) -> list[LayerProof]:

@@ -18,6 +18,7 @@ from stages.calibrate.observe.relations import Probe, probe, relations
 from stages.calibrate.scalable import nothing_to_scale
 from stages.calibrate.text.files import DataUnreachable
 from stages.calibrate.text.tokens import token_matrix
+from stages.calibrate.tunable import require_room
 from stages.model.cast_source import dtype_asked, require_held_by_dtype, told_of_cast
 from stages.model.dequantize.source import open_source, told_of_quantized
 from stages.model.folder import locate
@@ -85,6 +86,9 @@ def prepare(settings: CalibrateSettings, writer: RunWriter | None, progress: Pro
     solver = solver if solver is not None and solver.needs_pass else None
     matrices = {module: skeleton.matrix(module) for module in quantizers.weights}
     require_exportable(quantizers, matrices, source.tensors)
+    if solver is not None:
+        shapes = {module: matrix.shape(source.tensors) for module, matrix in matrices.items()}
+        require_room(solver, recipe.name, shapes, device)
     found = _probe_on_meta(skeleton)
     require_layers(settings, skeleton, source, solver, found is not None)
     if found is not None:

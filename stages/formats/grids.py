@@ -16,8 +16,8 @@ EXPONENT = 0x7F800000
 def round_e2m1(x: Tensor) -> Tensor:
     """The nearest of 0, 0.5, 1, 1.5, 2, 3, 4, 6 with x's sign; ties go to the even mantissa. x: f32."""
     limited = x.clamp(-E2M1_MAX, E2M1_MAX)
-    # The grid's spacing is 0.5 below 2, 1 from 2 to 4, 2 from 4 to 6: half of the power of two at or below |x|.
-    # In float32 the values next to 1.5 * 2^22 lie 0.5 apart: to add it, times that power, is to round.
+    # The grid's spacing is 0.5 below 2, 1 from 2 to 4, 2 from 4 to 6: half of the power of two that |x| is at
+    # or above. Next to 1.5 * 2^22 the values of float32 lie 0.5 apart: to add it, times that power, rounds.
     powers = limited.abs().clamp_(min=1.0).view(torch.int32).bitwise_and_(EXPONENT).view(torch.float32)
     powers.mul_(1.5 * 2.0**22)
     return limited.add_(powers).sub_(powers).copysign_(x)

@@ -10,6 +10,7 @@ from typing import Any, Literal, cast, get_args
 
 from stages.formats import TABLE
 from stages.recipe.quantizer_plan import QuantizerPlan
+from stages.solve import rounding
 from stages.unify import Policies
 from state.errors import InputError
 from state.identity import digest_json
@@ -66,7 +67,7 @@ class Solver:
         """Whether it sees inputs as engines will: out of quantized layers, rounded. Where scales are searched
         too, they would have to be folded into each layer first.
         """
-        return self.method == "tune" or self.method == "gptq" and not self.awq_first
+        return self.method == "tune" or (self.method == "gptq" and not self.awq_first)
 
     @property
     def searches_scales(self) -> bool:
@@ -109,6 +110,8 @@ def solver_of(quantizers: QuantizerPlan) -> Solver | None:
         "maths": MATHS_VERSION,
     }
     solver = Solver(method, recipe.awq_first, method != "smoothquant", damping, alpha, id="")
+    if method == "tune":
+        identity["tuning"] = rounding.FIXED
     if solver.two_streams:
         identity["behind"] = "quantized layers"
         if quantizers.inputs:

@@ -224,9 +224,7 @@ def _finish(
         if latents:
             quantized, values = gptq.solve_latent(*given)
             split = group.split(values)
-            solution.latents |= {
-                name: (own, split[name]) for name, own in _members(group, quantized).items()
-            }
+            solution.latents |= {name: (own, split[name]) for name, own in _members(group, quantized).items()}
         else:
             quantized = gptq.solve(*given)
         for name, member in _members(group, quantized).items():

@@ -16,7 +16,7 @@ from stages.calibrate.observe.second_moments import Moments
 from stages.calibrate.schedule.layer_matrices import LayerMatrices
 from stages.calibrate.schedule.proving import Prover
 from stages.calibrate.schedule.quantized_stream import QuantizedStream
-from stages.calibrate.schedule.tuning import tune
+from stages.calibrate.schedule.tuning import NoGradient, tune
 from stages.calibrate.signals import StopRequest
 from stages.fold.folds import FoldMap, FoldSite
 from stages.formats import WeightFormat
@@ -24,7 +24,7 @@ from stages.model.skeleton import Skeleton
 from stages.recipe.chain import links, outdated
 from stages.recipe.quantizer_plan import QuantizerPlan
 from stages.recipe.solvers import Solver, stacked_name
-from stages.solve.layer import Group, Place, solve_layer
+from stages.solve.layer import Group, LayerSolution, Place, solve_layer
 from stages.solve.moments import SiteStatistics
 from state.errors import InputError
 from state.layout import SiteArray
@@ -45,6 +45,7 @@ class SolverPass:
         read: a hub tensor as the source has it. Export folds scales into that; in memory a norm may be wider.
         stream: the second stream, for solvers that see inputs as engines do; None for others.
         stored: the solution of a layer that is solved already.
+        warn: told of layers that are solved otherwise than asked.
     """
 
     def __init__(
@@ -61,12 +62,13 @@ class SolverPass:
         read: Callable[[str], Tensor],
         stream: QuantizedStream | None,
         stored: Callable[[int], Solution],
+        warn: Callable[[str], None],
     ) -> None:
         self.solver, self.quantizers, self.skeleton = solver, quantizers, skeleton
         self.statistics, self.prover = statistics, prover
         self.solved, self.attributes, self.stop = set(solved), attributes, stop
         self.require_finite, self.read = require_finite, read
-        self.stream, self.stored = stream, stored
+        self.stream, self.stored, self.warn = stream, stored, warn
         self.modules = _modules_by_layer(quantizers)
         # What is kept with the solutions that later ones are made behind.
         self._chain = {layer: stored(layer).attributes for layer in solved} if stream is not None else {}
@@ -117,10 +119,7 @@ class SolverPass:
                 latents=method == "tune",
             )
             if method == "tune":
-                assert self.stream is not None
-                for name, quantized in tune(step, self.stream, found.latents).items():
-                    found.keep(name, quantized)
-                found.latents.clear()
+                self._tune(step, found)
             if self.stream is not None:
                 self.stream.advance(step, found.arrays)
         attributes |= {"method": method, "policies": found.policies, "kept_at_one": folds.impossible}
@@ -146,6 +145,18 @@ class SolverPass:
             del self._chain[layer]
         self.solved -= found.keys()
         self._outdated |= found
+
+    def _tune(self, step: LayerStep, found: LayerSolution) -> None:
+        """Go on from GPTQ's solution by gradient steps; where a layer has no gradient, that stays."""
+        assert self.stream is not None
+        latents, found.latents = found.latents, {}
+        try:
+            for name, quantized in tune(step, self.stream, latents).items():
+                found.keep(name, quantized)
+        except NoGradient as error:
+            modules = list(self.modules[step.layer])
+            found.policies.append({"policy": "not-tuned", "modules": modules})
+            self.warn(f"layer {step.layer} can't be tuned and keeps GPTQ's weights: {error}")
 
     def pass_by(self, step: LayerStep) -> None:
         """Go on behind a layer that is not solved now: its solution is stored, or nothing in it is

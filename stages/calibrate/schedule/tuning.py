@@ -1,13 +1,14 @@
 """Tunes how a layer's weights are rounded, so that the layer gives what it gave before quantization."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from stages.calibrate.forward.buffers import HIDDEN
+from stages.calibrate.forward.calls import Layer
 from stages.calibrate.forward.layers import LayerStep
-from stages.calibrate.forward.replay import Replay
 from stages.calibrate.schedule.layer_matrices import LayerMatrices
 from stages.calibrate.schedule.quantized_stream import QuantizedStream
 from stages.formats.quantized import Quantized
@@ -22,17 +23,38 @@ from stages.solve.rounding import (
 )
 
 
+class NoGradient(Exception):
+    """A layer that autograd can't go back through; the message says at what."""
+
+
 def tune(
     step: LayerStep, stream: QuantizedStream, solved: Mapping[str, tuple[Quantized, Tensor]]
 ) -> dict[str, Quantized]:
     """The layer's matrices rounded so that its output from the second stream is near the first stream's.
 
     Args:
-        step: a layer whose weights are loaded and that both streams stand before (the second) and behind
-        (the first). solved: stacked name → what GPTQ found, and its latents, f32 [E, N, K].
+        step: a layer whose weights are loaded; the second stream stands before it, the first behind it.
+        solved: stacked name → what GPTQ found, and its latents, f32 [E, N, K].
+
+    Raises:
+        NoGradient: see there.
     """
-    with torch.inference_mode(False):
+    with torch.inference_mode(False), deterministic(step.module):
         return _Tuning(step, stream, solved).run()
+
+
+@contextmanager
+def deterministic(module: nn.Module) -> Iterator[None]:
+    """On a GPU: sums in a fixed order. CUDA's gradients of gathers add with atomics, in any order."""
+    if not next(module.parameters()).is_cuda:
+        yield
+        return
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before)
 
 
 class _Tuning:
@@ -79,12 +101,22 @@ class _Tuning:
         layer = self.matrices.replaced(self.step.name, own)
         total: dict[str, Tensor] = {}
         for batch in batches:
-            errors = token_errors(self.replay.differentiable(batch, layer), self.replay.target(batch).clone())
-            loss = (errors * weights[batch]).sum()
-            gradients = torch.autograd.grad(loss, list(own.values()), allow_unused=True)
-            for name, gradient in zip(own, gradients, strict=True):
+            for name, gradient in zip(own, self._gradients(batch, layer, own, weights[batch]), strict=True):
                 if gradient is not None:
                     total[name] = total[name] + gradient if name in total else gradient
         with torch.no_grad():
             for name, gradient in total.items():
                 self.latents[name].move(gradient, rate)
+
+    def _gradients(
+        self, batch: int, layer: Layer, own: dict[str, Tensor], weights: Tensor
+    ) -> tuple[Tensor | None, ...]:
+        """Of the weighted squared error of a batch, with respect to each matrix; None where it has none."""
+        try:
+            output = self.replay.differentiable(batch, layer)
+            errors = token_errors(output, self.replay.target(batch).clone())
+            return torch.autograd.grad((errors * weights).sum(), list(own.values()), allow_unused=True)
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError as error:  # what autograd raises: it has no class of its own
+            raise NoGradient(str(error).partition("\n")[0]) from error

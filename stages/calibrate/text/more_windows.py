@@ -18,7 +18,7 @@ def more_windows(tokens: NDArray[np.int32]) -> NDArray[np.int32]:
     Args:
         tokens: int32 [windows, seq]. What all of them begin with stays at the beginning.
     """
-    windows, seq = tokens.shape
+    windows = len(tokens)
     if tokens.size > ENOUGH:
         return tokens[:0]
     differing = (tokens != tokens[0]).any(axis=0)
