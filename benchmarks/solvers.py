@@ -20,8 +20,9 @@ from benchmarks.models import Subject, load_whole
 from benchmarks.section import Section
 from benchmarks.timing import Timing, seconds, spread
 from stages.calibrate.forward.buffers import Limits
+from stages.calibrate.forward.layer_step import LayerStep
 from stages.calibrate.forward.layer_weights import OUTSIDE, Weights, materialise_buffers
-from stages.calibrate.forward.layers import LayerStep, LayerwiseForward
+from stages.calibrate.forward.layers import LayerwiseForward
 from stages.calibrate.observe.accumulate import Accumulators
 from stages.calibrate.observe.arrays import plan_layout
 from stages.calibrate.observe.layer_parts import layer_parts

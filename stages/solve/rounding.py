@@ -17,8 +17,8 @@ STEPS = 100
 WINDOWS = 8
 """Of one step."""
 RATE = 0.005
-"""Of the first step, in units of the grid; it falls linearly to 0, so that all steps together move a latent by
-a quarter at most.
+"""Of the first step, in units of the grid. It falls linearly to 0: all steps together move a latent by a
+quarter at most.
 """
 MOMENTUM = 0.9
 SEED = 0

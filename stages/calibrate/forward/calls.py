@@ -5,9 +5,8 @@ differ (Gemma 4's per-layer inputs) are kept per batch. State that layers hand o
 filled in and taken out again.
 """
 
-import json
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping, MutableMapping, Sequence
+from collections.abc import Callable, Iterable, MutableMapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ import torch
 
 from stages.calibrate.forward.beside import Beside
 from stages.calibrate.forward.buffers import HIDDEN, Buffer, Limits, State, open_buffer
+from stages.calibrate.forward.carried import pack_carried, returned_name, unpack_carried
 from stages.model.decoder import LayerwiseUnsupported
 
 Layer = Callable[..., Any]  # a decoder layer, or what is called in its place
@@ -263,43 +263,6 @@ class BoundCall:
 
 def _copy_inference(value: Any) -> Any:
     return value.clone() if isinstance(value, torch.Tensor) and value.is_inference() else value
-
-
-def returned_name(place: int) -> str:
-    """Name in a State of what a layer returned at a place of its tuple."""
-    return json.dumps([place])
-
-
-def pack_carried(carried: Mapping[str, Mapping[Any, Any]]) -> State:
-    """Tensors of carried mappings by name: the JSON of [argument, key], or [argument, key, place] in a tuple.
-
-    Raises:
-        LayerwiseUnsupported: a mapping holds anything but tensors and tuples of them, by string or integer.
-    """
-    packed: State = {}
-    for name, mapping in carried.items():
-        for key, value in mapping.items():
-            items: dict[tuple[Any, ...], Any] = {(name, key): value}
-            if isinstance(value, tuple):
-                items = {(name, key, place): item for place, item in enumerate(value)}
-            if type(key) not in (str, int) or not all(
-                isinstance(item, torch.Tensor) for item in items.values()
-            ):
-                raise LayerwiseUnsupported(f"{name}[{key!r}] is no tensor and no tuple of tensors")
-            packed.update({json.dumps(path): item for path, item in items.items()})
-    return packed
-
-
-def unpack_carried(state: State, carried: Mapping[str, MutableMapping[Any, Any]]) -> None:
-    """Fill carried mappings with what `pack_carried` made of them."""
-    for packed, value in state.items():
-        if packed == HIDDEN:
-            continue
-        name, *path = json.loads(packed)
-        if name in carried:
-            key, *place = path
-            # Places of a tuple follow one another, as they were packed.
-            carried[name][key] = (*carried[name].get(key, ()), value) if place else value
 
 
 def _described(value: Any) -> str:

@@ -7,7 +7,6 @@ each layer is called as its parent calls it.
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
 
@@ -31,6 +30,7 @@ from stages.calibrate.forward.hidden import (
     HiddenStates,
 )
 from stages.calibrate.forward.kept import Circumstances
+from stages.calibrate.forward.layer_step import LayerStep
 from stages.calibrate.forward.layer_weights import OUTSIDE, Weights, materialise_buffers
 from stages.calibrate.forward.rehearsal import TOKENS, Rehearsal
 from stages.calibrate.forward.replay import Replay
@@ -41,28 +41,6 @@ from state.source import Source
 Observe = Callable[[int, nn.Module], AbstractContextManager[object]]
 Advance = Callable[[int, int], None]
 Outside = Callable[[], AbstractContextManager[object]]
-
-
-@dataclass(frozen=True)
-class LayerStep:
-    """A decoder layer that all batches have gone through; its weights stay until the next step is taken.
-
-    rehearsal: how copies of it are called, where that was asked for.
-    replay: the second stream, where there is one.
-    """
-
-    layer: int
-    name: str
-    module: nn.Module
-    states: HiddenStates
-    rehearsal: Rehearsal | None
-    replay: Replay | None = None
-
-    def seal(self) -> None:
-        """Keep what is behind this layer for the next process to go on from: see `HiddenStates.seal`."""
-        if self.replay is not None:
-            self.replay.second.seal()
-        self.states.seal()
 
 
 class LayerwiseForward:

@@ -16,7 +16,8 @@ from torch import nn
 
 from stages.calibrate.forward.buffers import Limits
 from stages.calibrate.forward.kept import Circumstances
-from stages.calibrate.forward.layers import LayerStep, LayerwiseForward
+from stages.calibrate.forward.layer_step import LayerStep
+from stages.calibrate.forward.layers import LayerwiseForward
 from stages.calibrate.observe.accumulate import Accumulators
 from stages.calibrate.observe.attach import observed_keys_and_values, observed_rows, record_weights
 from stages.calibrate.observe.second_moments import Moments

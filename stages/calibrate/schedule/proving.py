@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping
 
 from torch import nn
 
-from stages.calibrate.forward.layers import LayerStep
+from stages.calibrate.forward.layer_step import LayerStep
 from stages.calibrate.schedule.copied_layer import CopiedLayer, places_for
 from stages.fold.candidates import NOTHING, Attempt, LayerParts, attempts
 from stages.fold.proof import LayerProof

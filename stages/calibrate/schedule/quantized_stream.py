@@ -8,7 +8,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from stages.calibrate.forward.layers import LayerStep
+from stages.calibrate.forward.layer_step import LayerStep
 from stages.calibrate.observe.accumulate import Accumulators
 from stages.calibrate.observe.attach import observed_rows
 from stages.calibrate.observe.rounded import Rounding, rounded_inputs

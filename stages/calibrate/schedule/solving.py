@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from stages.calibrate.forward.layers import LayerStep
+from stages.calibrate.forward.layer_step import LayerStep
 from stages.calibrate.observe.accumulate import Accumulators
 from stages.calibrate.observe.host import to_host
 from stages.calibrate.observe.second_moments import Moments

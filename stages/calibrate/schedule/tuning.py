@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from stages.calibrate.forward.buffers import HIDDEN
 from stages.calibrate.forward.calls import Layer
-from stages.calibrate.forward.layers import LayerStep
+from stages.calibrate.forward.layer_step import LayerStep
 from stages.calibrate.schedule.layer_matrices import LayerMatrices
 from stages.calibrate.schedule.quantized_stream import QuantizedStream
 from stages.formats.quantized import Quantized

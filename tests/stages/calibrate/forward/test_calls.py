@@ -14,8 +14,8 @@ from stages.calibrate.forward.calls import (
     Leaf,
     Returned,
     differing,
-    pack_carried,
 )
+from stages.calibrate.forward.carried import pack_carried
 from stages.model.decoder import LayerwiseUnsupported
 
 CPU = torch.device("cpu")

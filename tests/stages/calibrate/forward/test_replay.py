@@ -12,7 +12,7 @@ from stages.calibrate.forward.beside import Beside
 from stages.calibrate.forward.buffers import HIDDEN, Limits
 from stages.calibrate.forward.calls import Calls, Hidden, LayerCall, Leaf
 from stages.calibrate.forward.hidden import HiddenStates
-from stages.calibrate.forward.layers import LayerStep
+from stages.calibrate.forward.layer_step import LayerStep
 from stages.calibrate.forward.replay import Replay
 from state.errors import Stopped
 from tests.stages.calibrate.families import save_tiny

@@ -10,7 +10,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 from torch.func import functional_call
 
-from stages.calibrate.forward.layers import LayerStep, LayerwiseForward
+from stages.calibrate.forward.layer_step import LayerStep
+from stages.calibrate.forward.layers import LayerwiseForward
 from stages.calibrate.schedule.layer_matrices import LayerMatrices
 from stages.model.skeleton import Skeleton, load_config
 from state.names import split_name

@@ -8,7 +8,7 @@ import pytest
 from torch import Tensor
 
 from stages.calibrate.forward.buffers import HIDDEN
-from stages.calibrate.forward.layers import LayerStep
+from stages.calibrate.forward.layer_step import LayerStep
 from stages.calibrate.observe.second_moments import Moments
 from stages.calibrate.schedule.quantized_stream import QuantizedStream
 
