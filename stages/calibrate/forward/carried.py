@@ -1,4 +1,4 @@
-"""What layers hand on beside hidden states, by name in a State: values they return and mappings they share."""
+"""What layers hand on beside hidden states, as a State: values they return and mappings they share."""
 
 import json
 from collections.abc import Mapping, MutableMapping

@@ -25,7 +25,9 @@ def more_windows(tokens: NDArray[np.int32]) -> NDArray[np.int32]:
     begin = int(differing.argmax()) if differing.any() else 0
     prefix, body = tokens[:, :begin], tokens[:, begin:]
     half = body.shape[1] // 2
-    shifted = body.reshape(-1)[half : half + (windows - 1) * body.shape[1]].reshape(windows - 1, -1)
+    shifted = body.reshape(-1)[half : half + (windows - 1) * body.shape[1]].reshape(
+        windows - 1, body.shape[1]
+    )
     # RandomState gives the same numbers in every release of numpy.
     random = np.random.RandomState(SEED)
     drawn = body.reshape(-1)[random.randint(body.size, size=body.shape)]
