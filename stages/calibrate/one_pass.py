@@ -24,13 +24,13 @@ from stages.calibrate.schedule.solving import SolverPass
 from stages.calibrate.schedule.steps import Schedule, Step
 from stages.calibrate.schedule.whole import WholeModel
 from stages.calibrate.signals import StopRequest
-from stages.calibrate.text.more_windows import more_windows
 from stages.commands import calibrate_command
 from stages.fold.proof import LayerProof
 from stages.model.weights import read_tensor
 from stages.progress import Progress
 from stages.recipe.chain import told
 from stages.settings import CalibrateSettings
+from stages.solve.more_windows import more_windows
 from state.background import BackgroundWriter
 from state.errors import Difference, IdentityMismatch, InputError, Stopped
 from state.identity import Environment, require_same

@@ -10,7 +10,7 @@ from typing import Any, Literal, cast, get_args
 
 from stages.formats import TABLE
 from stages.recipe.quantizer_plan import QuantizerPlan
-from stages.solve import rounding
+from stages.solve import more_windows, rounding
 from stages.unify import Policies
 from state.errors import InputError
 from state.identity import digest_json
@@ -111,7 +111,7 @@ def solver_of(quantizers: QuantizerPlan) -> Solver | None:
     }
     solver = Solver(method, recipe.awq_first, method != "smoothquant", damping, alpha, id="")
     if method == "tune":
-        identity["tuning"] = rounding.FIXED
+        identity["tuning"] = rounding.FIXED | more_windows.FIXED
     if solver.two_streams:
         identity["behind"] = "quantized layers"
         if quantizers.inputs:

@@ -9,6 +9,8 @@ ENOUGH = 1 << 17
 """Tokens from which on a text is left as it is."""
 REPLACED = 0.1
 SEED = 0
+FIXED: dict[str, float] = {"enough_tokens": ENOUGH, "replaced": REPLACED, "windows_seed": SEED}
+"""What the windows depend on besides the text."""
 
 
 def more_windows(tokens: NDArray[np.int32]) -> NDArray[np.int32]:

@@ -2,8 +2,8 @@
 
 import numpy as np
 
-from stages.calibrate.text import more_windows as module
-from stages.calibrate.text.more_windows import more_windows
+from stages.solve import more_windows as module
+from stages.solve.more_windows import more_windows
 
 
 def windows(count: int, seq: int, prefix: int = 0) -> np.ndarray:
