@@ -21,6 +21,7 @@ from rich.console import Console
 
 from benchmarks.export import compare_exports
 from benchmarks.forward import compare_forwards
+from benchmarks.layer_sizes import measure_layer_sizes
 from benchmarks.layers import measure_layers
 from benchmarks.models import for_export, for_forward, trained_model
 from benchmarks.quality import measure_quality
@@ -32,6 +33,7 @@ from stages.calibrate.forward.whole_model import pick_device
 
 PARTS = ("start", "forward", "stall", "export", "solvers", "quality")
 LARGE = "layers"  # writes a model of 12.6 GB first
+SIZES = "sizes"  # layers that take a GPU
 
 
 def main() -> None:
@@ -58,7 +60,9 @@ def sections(arguments: argparse.Namespace, scratch: Path, device: torch.device)
     """Measure part by part."""
     if "start" in arguments.parts:
         yield measure_start(scratch, arguments.repeat)
-    if arguments.parts == ["start"]:
+    if SIZES in arguments.parts:
+        yield measure_layer_sizes(scratch, device)
+    if not set(arguments.parts) - {"start", SIZES}:
         return
     subject = for_forward(scratch, device)
     if "forward" in arguments.parts:
@@ -105,7 +109,11 @@ def _arguments() -> argparse.Namespace:
         "--cold", action="store_true", help="export from a source that is not in the page cache"
     )
     parser.add_argument(
-        "--parts", nargs="+", choices=(*PARTS, LARGE), default=PARTS, help="default: all but layers"
+        "--parts",
+        nargs="+",
+        choices=(*PARTS, LARGE, SIZES),
+        default=PARTS,
+        help="default: all but layers, sizes",
     )
     parser.add_argument("--scratch", type=Path, help="folder for models and checkpoints, on a real disk")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures there as well")

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from transformers import AutoModelForCausalLM, PreTrainedModel, Qwen3MoeConfig
+from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel, Qwen3MoeConfig
 
 from pipeline.demo import collect_documents, make_demo, write_tokenizer
 from stages.calibrate.forward.whole_model import load_model, load_tokenizer
@@ -155,6 +155,13 @@ def random_moe(
         dtype="bfloat16",
         **size,
     )
+    return random_model(folder, device, config, samples, seq)
+
+
+def random_model(
+    folder: Path, device: torch.device, config: PretrainedConfig, samples: int, seq: int
+) -> Subject:
+    """The same of any config."""
     torch.manual_seed(0)
     with device:
         model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
@@ -164,7 +171,7 @@ def random_moe(
     write_tokenizer(folder / "model", documents)
     lines = (json.dumps({"text": text}) + "\n" for text in documents)
     (folder / "text.jsonl").write_text("".join(lines), encoding="utf-8")
-    name = f"random Qwen3-MoE of {parameters / 1e9:.2f} B parameters"
+    name = f"random {config.model_type} of {parameters / 1e9:.2f} B parameters"
     return Subject(name, folder / "model", folder / "text.jsonl", samples, seq, batch=8)
 
 

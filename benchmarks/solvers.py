@@ -6,6 +6,7 @@ commits. modelopt's AWQ does not reach fused experts; ours solves every one.
 """
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -62,6 +63,7 @@ class Timed:
 
     solver: SolverPass
     device: torch.device
+    solutions: list[Solution]
     seconds: float = 0.0
 
     @property
@@ -83,13 +85,20 @@ class Timed:
     def solve(self, step: LayerStep, moments: Moments) -> Solution | None:
         found: list[Solution] = []
         self.seconds += seconds(lambda: found.append(self.solver.solve(step, moments)), self.device)
+        self.solutions += found
         return found[0]
 
 
 class Resident:
-    """A model whose layers stay loaded while passes go through them one by one."""
+    """A model whose layers stay loaded while passes go through them one by one.
 
-    def __init__(self, subject: Subject, device: torch.device, scratch: Path) -> None:
+    recipes: those that will be solved. solutions: what the last pass found.
+    """
+
+    def __init__(
+        self, subject: Subject, device: torch.device, scratch: Path, recipes: Mapping[str, str]
+    ) -> None:
+        self.solutions: list[Solution] = []
         self.subject, self.device, self.scratch = subject, device, scratch
         self.source = Source.open(subject.model)
         self.skeleton = Skeleton(load_config(subject.model), self.source.tensors)
@@ -97,10 +106,10 @@ class Resident:
         found = probe(self.skeleton, model)
         self.layout = plan_layout(self.skeleton, found)
         self.parts = layer_parts(self.skeleton, found, self.layout.relations, self.source.tensors)
-        self.plans = {name: plan_quantizers(self.skeleton, resolve(name)) for name in RECIPES.values()}
+        self.plans = {name: plan_quantizers(self.skeleton, resolve(name)) for name in recipes.values()}
         self.parameters = sum(
             math.prod(self.source.tensors[f"{name}.weight"].shape)
-            for name in self.plans[RECIPES["AWQ full"]].weights
+            for name in next(iter(self.plans.values())).weights
         )
         model.set_experts_implementation("grouped_mm")
         materialise_buffers(model, device)
@@ -163,7 +172,8 @@ class Resident:
             stored,
             lambda message: print(message),
         )
-        timed = Timed(solving, self.device)
+        self.solutions = []
+        timed = Timed(solving, self.device, self.solutions)
         both = self._run(tokens, statistics, timed)
         return both - timed.seconds, timed.seconds
 
@@ -197,7 +207,7 @@ class Resident:
 
 def compare_solvers(subject: Subject, device: torch.device, scratch: Path, repeat: int) -> Section:
     """Seconds of each kind of pass at the subject's tokens and at GROWTH times as many."""
-    resident = Resident(subject, device, scratch / "layerwise")
+    resident = Resident(subject, device, scratch / "layerwise", RECIPES)
     whole = load_whole(subject.model, device, "grouped_mm")
     rows: list[tuple[str, ...]] = []
     figures: dict[str, float] = {"solved_parameters": resident.parameters}
