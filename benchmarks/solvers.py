@@ -111,7 +111,8 @@ class Resident:
             math.prod(self.source.tensors[f"{name}.weight"].shape)
             for name in next(iter(self.plans.values())).weights
         )
-        model.set_experts_implementation("grouped_mm")
+        if model._can_set_experts_implementation():
+            model.set_experts_implementation("grouped_mm")
         materialise_buffers(model, device)
         decoder = find_decoder(model)
         weights = Weights(decoder, self.skeleton.parameter_of, self.source, device)
