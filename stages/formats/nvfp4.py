@@ -56,6 +56,10 @@ class Nvfp4(WeightFormat):
 
     def round_input(self, x: Tensor, scale: Tensor) -> Tensor:
         """Block scales in e4m3, at most 448; a block too small for any becomes zeros, as in engines."""
+        if x.is_cuda and self.block_size == self.standard_block:
+            from stages.kernels.nvfp4_input import round_blocks
+
+            return round_blocks(x, scale)
         blocks = self.blocks(x).float()
         stored = (blocks.abs().amax(-1, keepdim=True) / (E2M1_MAX * scale)).clamp_(max=E4M3_MAX)
         steps = stored.to(torch.float8_e4m3fn).float() * scale
@@ -120,6 +124,14 @@ class Nvfp4(WeightFormat):
         assert tensor_scale is not None
         offsets = constants(CODE_OFFSETS, columns.device)
         return solve_block(columns, factor, "nvfp4", tensor_scale.flatten(), offsets)
+
+    def weights_on_gpu(
+        self, latents: Tensor, scale: Tensor, tensor_scale: Tensor | None, dtype: torch.dtype
+    ) -> Tensor | None:
+        from stages.kernels.tuned_rounding import nvfp4_weights
+
+        assert tensor_scale is not None
+        return nvfp4_weights(latents, scale, tensor_scale.flatten(), dtype)
 
     # As in modelopt's `quantize_mxfp4_to_nvfp4_lossless`: the largest power becomes e4m3's largest, 2^8, and
     # what is more than 2^17 below it has no e4m3 of its own.

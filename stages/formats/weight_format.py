@@ -193,6 +193,12 @@ class WeightFormat(ABC):
         """`solve_block` of stages/solve/gptq.py in one kernel."""
         return None
 
+    def weights_on_gpu(
+        self, latents: Tensor, scale: Tensor, tensor_scale: Tensor | None, dtype: torch.dtype
+    ) -> Tensor | None:
+        """`Latent.weights` of stages/solve/rounding.py in one kernel."""
+        return None
+
     # Sources in MXFP4, whose scales are powers of two, one for each 32 values of a row
 
     def powers_amax(self, largest: Tensor) -> Tensor | None:

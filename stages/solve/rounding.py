@@ -54,6 +54,15 @@ class Latent:
         """The nearest values on the grid."""
         return replace(self.quantized, values=self.quantized.format.round(self.values))
 
+    def weights(self, dtype: torch.dtype) -> Tensor:
+        """What the layer multiplies with under them: `[E, N, K]`."""
+        own = self.quantized
+        if self.values.is_cuda:
+            made = own.format.weights_on_gpu(self.values, own.scale, own.tensor_scale, dtype)
+            if made is not None:
+                return made
+        return self.rounded().dequantize().to(dtype)
+
     def move(self, gradient: Tensor, rate: float) -> None:
         """One step against the gradient of the loss with respect to W, `[E, N, K]` in any dtype.
 
@@ -61,6 +70,11 @@ class Latent:
         step, which is above 0 and the same throughout: the sign of the mean does not need it. Where no token
         reached an expert, gradient and mean are 0, and nothing moves.
         """
+        if self.values.is_cuda:
+            from stages.kernels.tuned_rounding import sign_step
+
+            sign_step(self.values, self.momentum, gradient, 1 - MOMENTUM, rate)
+            return
         self.momentum.lerp_(gradient.to(self.momentum.dtype), 1 - MOMENTUM)
         self.values.sub_(self.momentum.sign(), alpha=rate)
 

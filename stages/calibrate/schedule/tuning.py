@@ -66,7 +66,8 @@ class _Tuning:
         self.matrices = LayerMatrices(stream.skeleton, stream.quantizers.weights, step.layer)
         self.dtype = next(step.module.parameters()).dtype
         self.latents = {
-            name: Latent.of(quantized, values.clone()) for name, (quantized, values) in solved.items()
+            name: Latent.of(quantized, values.clone(memory_format=torch.contiguous_format))
+            for name, (quantized, values) in solved.items()
         }
 
     def run(self) -> dict[str, Quantized]:
@@ -80,7 +81,7 @@ class _Tuning:
 
     def _weights(self) -> dict[str, Tensor]:
         """The layer's matrices under the latents as they stand, in the dtype it computes in."""
-        return {name: latent.rounded().dequantize().to(self.dtype) for name, latent in self.latents.items()}
+        return {name: latent.weights(self.dtype) for name, latent in self.latents.items()}
 
     def _token_weights(self) -> list[Tensor]:
         """What each token of every batch counts: f32 [windows, seq]."""
