@@ -1,4 +1,4 @@
-"""The weight side of a step of tuned rounding (solve/rounding.py): latents to weights, gradients to latents."""
+"""The weight side of a step of solve/rounding.py: latents to weights, gradients to latents."""
 
 import torch
 import triton

@@ -5,6 +5,7 @@ from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
+from torch.utils import deterministic
 
 from stages.calibrate.forward.buffers import HIDDEN
 from stages.calibrate.forward.calls import Layer
@@ -39,22 +40,24 @@ def tune(
     Raises:
         NoGradient: see there.
     """
-    with torch.inference_mode(False), deterministic(step.module):
+    with torch.inference_mode(False), in_fixed_order(step.module):
         return _Tuning(step, stream, solved).run()
 
 
 @contextmanager
-def deterministic(module: nn.Module) -> Iterator[None]:
+def in_fixed_order(module: nn.Module) -> Iterator[None]:
     """On a GPU: sums in a fixed order. CUDA's gradients of gathers add with atomics, in any order."""
     if not next(module.parameters()).is_cuda:
         yield
         return
-    before = torch.are_deterministic_algorithms_enabled()
+    before = torch.are_deterministic_algorithms_enabled(), deterministic.fill_uninitialized_memory
     torch.use_deterministic_algorithms(True)
+    deterministic.fill_uninitialized_memory = False  # what nobody reads is not worth a write
     try:
         yield
     finally:
-        torch.use_deterministic_algorithms(before)
+        torch.use_deterministic_algorithms(before[0])
+        deterministic.fill_uninitialized_memory = before[1]
 
 
 class _Tuning:
