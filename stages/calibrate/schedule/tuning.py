@@ -50,14 +50,15 @@ def in_fixed_order(module: nn.Module) -> Iterator[None]:
     if not next(module.parameters()).is_cuda:
         yield
         return
-    before = torch.are_deterministic_algorithms_enabled(), deterministic.fill_uninitialized_memory
+    before = torch.are_deterministic_algorithms_enabled()
+    filling = deterministic.fill_uninitialized_memory  # type: ignore[attr-defined]
     torch.use_deterministic_algorithms(True)
-    deterministic.fill_uninitialized_memory = False  # what nobody reads is not worth a write
+    deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     try:
         yield
     finally:
-        torch.use_deterministic_algorithms(before[0])
-        deterministic.fill_uninitialized_memory = before[1]
+        torch.use_deterministic_algorithms(before)
+        deterministic.fill_uninitialized_memory = filling  # type: ignore[attr-defined]
 
 
 class _Tuning:
