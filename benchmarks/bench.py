@@ -21,6 +21,7 @@ from rich.console import Console
 
 from benchmarks.export import compare_exports
 from benchmarks.forward import compare_forwards
+from benchmarks.held_out import measure_held_out
 from benchmarks.layer_sizes import measure_layer_sizes
 from benchmarks.layers import measure_layers
 from benchmarks.models import for_export, for_forward, trained_model
@@ -34,6 +35,7 @@ from stages.calibrate.forward.whole_model import pick_device
 PARTS = ("start", "forward", "stall", "export", "solvers", "quality")
 LARGE = "layers"  # writes a model of 12.6 GB first
 SIZES = "sizes"  # layers that take a GPU
+HELD_OUT = "held-out"  # trains two models first
 
 
 def main() -> None:
@@ -62,7 +64,9 @@ def sections(arguments: argparse.Namespace, scratch: Path, device: torch.device)
         yield measure_start(scratch, arguments.repeat)
     if SIZES in arguments.parts:
         yield measure_layer_sizes(scratch, device)
-    if not set(arguments.parts) - {"start", SIZES}:
+    if HELD_OUT in arguments.parts:
+        yield measure_held_out(scratch)
+    if not set(arguments.parts) - {"start", SIZES, HELD_OUT}:
         return
     subject = for_forward(scratch, device)
     if "forward" in arguments.parts:
@@ -111,9 +115,9 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument(
         "--parts",
         nargs="+",
-        choices=(*PARTS, LARGE, SIZES),
+        choices=(*PARTS, LARGE, SIZES, HELD_OUT),
         default=PARTS,
-        help="default: all but layers, sizes",
+        help=f"default: all but {LARGE}, {SIZES} and {HELD_OUT}",
     )
     parser.add_argument("--scratch", type=Path, help="folder for models and checkpoints, on a real disk")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures there as well")
