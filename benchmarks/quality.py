@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import torch
@@ -31,6 +32,7 @@ from stages.formats import NVFP4
 from stages.formats.quantized import quantize
 from stages.progress import Silent
 from stages.settings import CalibrateSettings, ExportSettings
+from stages.solve import rounding
 
 RECIPES = {
     "round to nearest": "nvfp4",
@@ -38,7 +40,12 @@ RECIPES = {
     "AWQ full": "nvfp4_awq_full",
     "local Hessian": "nvfp4_w4a4_weight_local_hessian",
     "GPTQ": "general/ptq/nvfp4_default-kv_none-gptq",
+    "tuned": "nvfp4_tuned",
+    "tuned for W4A16": "w4a16_nvfp4_tuned",
 }
+SEEDS = (0, 1, 2)
+"""Of the order of steps; another one moves a tuned model's loss by more than its windows' standard error."""
+KINDS = ("W4A16", "W4A4")
 CPU = torch.device("cpu")
 TOGETHER = 4  # windows per forward
 SCALES = ("weight_scale", "weight_scale_2", "input_scale", "k_scale", "v_scale")
@@ -48,11 +55,21 @@ SCALES = ("weight_scale", "weight_scale_2", "input_scale", "k_scale", "v_scale")
 class Cost:
     """Means per token of each window, f64 [windows].
 
-    loss: of the next token. distance: KL(unquantized ‖ quantized).
+    loss: of the next token. distance: KL(unquantized ‖ quantized). spread: of their means over several seeds,
+    the largest less the smallest.
     """
 
     loss: Tensor
     distance: Tensor
+    spread: tuple[float, float] = (0.0, 0.0)
+
+    @classmethod
+    def mean(cls, seeds: Sequence["Cost"]) -> "Cost":
+        """Of the same windows under several seeds."""
+        loss = torch.stack([seed.loss for seed in seeds])
+        distance = torch.stack([seed.distance for seed in seeds])
+        spread = (_range(loss), _range(distance))
+        return cls(loss.mean(0), distance.mean(0), spread)
 
 
 def measure_quality(subject: Subject, scratch: Path) -> Iterator[Section]:
@@ -71,44 +88,58 @@ def _costs_of_recipes(
     subject: Subject, windows: Tensor, scratch: Path
 ) -> tuple[Tensor, dict[tuple[str, str], Cost]]:
     """Losses of the unquantized model, f64 [windows]; costs by kind and name of every recipe."""
-    run, checkpoint = scratch / "quality-run", scratch / "quality-checkpoint"
+    checkpoint = scratch / "quality-checkpoint"
     write_dequantized(subject.model, checkpoint)
     unquantized = list(predictions(load_whole(checkpoint, CPU, "grouped_mm"), windows))
-    found = {}
+    found: dict[tuple[str, str], Cost] = {}
     for name, recipe in RECIPES.items():
-        settings = CalibrateSettings(
-            model=str(subject.model),
-            data=str(subject.data),
-            run=run,
-            recipe=recipe,
-            samples=subject.samples,
-            seq=subject.seq,
-            batch=subject.batch,
-            device="cpu",
-        )
-        calibrate(settings, Silent())
-        out = scratch / f"quality-{recipe.rpartition('/')[2]}"
-        export(ExportSettings(run=run, out=out, recipe=recipe), Silent())
-        input_scales = write_dequantized(out, checkpoint)
-        model = load_whole(checkpoint, CPU, "grouped_mm")
-        for kind, scales in (("W4A16", {}), ("W4A4", _by_weight(model, input_scales))):
-            found[kind, name] = cost(predictions(model, windows, scales), windows, unquantized)
+        seeds = SEEDS if "tuned" in recipe else SEEDS[:1]
+        costs = [_costs_of_seed(subject, scratch, recipe, seed, windows, unquantized) for seed in seeds]
+        for kind in KINDS:
+            found[kind, name] = Cost.mean([own[kind] for own in costs])
     return cost(unquantized, windows, unquantized).loss, found
+
+
+def _costs_of_seed(
+    subject: Subject, scratch: Path, recipe: str, seed: int, windows: Tensor, unquantized: Sequence[Tensor]
+) -> dict[str, Cost]:
+    """Costs by kind of what one recipe exports."""
+    settings = CalibrateSettings(
+        model=str(subject.model),
+        data=str(subject.data),
+        run=scratch / f"quality-run-{seed}",
+        recipe=recipe,
+        samples=subject.samples,
+        seq=subject.seq,
+        batch=subject.batch,
+        device="cpu",
+    )
+    out, checkpoint = scratch / f"quality-{recipe.rpartition('/')[2]}-{seed}", scratch / "quality-checkpoint"
+    with patch.object(rounding, "SEED", seed):
+        calibrate(settings, Silent())
+    export(ExportSettings(run=settings.run, out=out, recipe=recipe), Silent())
+    input_scales = write_dequantized(out, checkpoint)
+    model = load_whole(checkpoint, CPU, "grouped_mm")
+    scales = {"W4A16": {}, "W4A4": _by_weight(model, input_scales)}
+    return {kind: cost(predictions(model, windows, scales[kind]), windows, unquantized) for kind in KINDS}
 
 
 def _section(
     subject: Subject, windows: str, base: Tensor, found: Mapping[tuple[str, str], Cost], part: slice
 ) -> Section:
-    rows, figures = [], {"base": base[part].mean().item()}
+    rows, figures, seeds = [], {"base": base[part].mean().item()}, list[str]()
     for name in RECIPES:
         cells = [name]
-        for kind in ("W4A16", "W4A4"):
+        for kind in KINDS:
             increase, distance = (found[kind, name].loss - base)[part], found[kind, name].distance[part]
             figures[f"{kind}/{name}"] = increase.mean().item()
             figures[f"{kind}/{name}/KL"] = distance.mean().item()
             ratio = figures[f"{kind}/{name}"] / figures[f"{kind}/round to nearest"]
             cells += [f"{increase.mean():+.4f} ± {_error(increase):.4f}", f"{ratio:.2f}"]
             cells += [f"{distance.mean():.4f} ± {_error(distance):.4f}"]
+            loss, kl = found[kind, name].spread
+            if kl:
+                seeds.append(f"{name}, {kind}: loss {loss:.4f}, KL {kl:.4f}")
         rows.append(tuple(cells))
     return Section(
         title=f"6. Loss of {subject.name} in NVFP4 over {figures['base']:.4f} unquantized, {windows}",
@@ -117,9 +148,17 @@ def _section(
         notes=(
             f"Windows of {subject.seq} tokens that calibration never saw; ± is one standard error, as if",
             "they were independent of one another. KL(unquantized ‖ quantized) in nats per token.",
+            f"Tuned: means of {len(SEEDS)} seeds, whose means of all windows lie apart by",
+            *seeds,
         ),
         figures=figures,
     )
+
+
+def _range(values: Tensor) -> float:
+    """Largest less smallest mean of f64 [seeds, windows]."""
+    means = values.mean(1)
+    return float(means.max() - means.min())
 
 
 def _error(values: Tensor) -> float:
