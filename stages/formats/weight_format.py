@@ -49,7 +49,9 @@ class WeightFormat(ABC):
             parameter; none.
         candidates_count: the scales that `candidates` gives for one block.
         solvers: the solvers that can search a weight of this format.
+        dynamic_inputs: engines find the scales of inputs as they run, and a checkpoint holds none.
         weight_axis: the axis along which modelopt's weight quantizer must have its scales; None: any.
+        square: blocks span as many rows as columns.
         holds_together: whether a checkpoint may hold all experts of a layer in one tensor of this format, as
             modelopt's exporter does.
         engines: those that are known to load a checkpoint with such weights.
@@ -67,13 +69,20 @@ class WeightFormat(ABC):
     shared_over: ClassVar[Literal["engine groups", "fused experts"] | None] = None
     candidates_count: ClassVar[int] = len(CLIP_RATIOS)
     solvers: ClassVar[frozenset[str]] = frozenset()
+    dynamic_inputs: ClassVar[bool] = False
     weight_axis: ClassVar[int | None] = None
+    square: ClassVar[bool] = False
     holds_together: ClassVar[bool] = False
     engines: ClassVar[tuple[str, ...]] = ()
 
     def with_blocks(self, block_size: int) -> Self:
         """The same format with blocks of another size."""
         return replace(self, block_size=block_size)
+
+    @property
+    def rows_together(self) -> int:
+        """Rows that are packed together, since they share bytes or scales."""
+        return self.block_size if self.square else 1
 
     @property
     def described(self) -> str:

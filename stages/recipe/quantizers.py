@@ -168,6 +168,9 @@ class _PlanReader:
         weight_format = TABLE.get(stored)
         if weight_format is not None and weight_format.weight_axis not in (None, steps[0].axis):
             stored, weight_format = f"{stored} with axis={steps[0].axis}", None
+        sizes = steps[0].block_sizes or {}
+        if weight_format is not None and sizes.get(-2) != (sizes[-1] if weight_format.square else None):
+            stored, weight_format = f"{stored} with block_sizes={sizes}", None
         if weight_format is None:
             raise InputError(
                 f"recipe {self.recipe.name!r} quantizes {hubs[0]} to {stored!r} ({name}), "
@@ -176,13 +179,16 @@ class _PlanReader:
         if all(map(_plain, steps)):
             self.served.add(name)
             self.served.update(f"{name}.{number}" for number in range(len(steps)))
-        block = (steps[0].block_sizes or {}).get(-1, 0)
-        self.weights.update(dict.fromkeys(hubs, weight_format.with_blocks(block)))
+        self.weights.update(dict.fromkeys(hubs, weight_format.with_blocks(sizes.get(-1, 0))))
 
     def _input(self, hubs: list[str], name: str, quantizer: Any) -> None:
         if not quantizer.is_enabled or not _plain(quantizer):
             return
+        if _dynamic(quantizer) != self.weights[hubs[0]].dynamic_inputs:
+            return
         self.served.add(name)
+        if _dynamic(quantizer):
+            return
         self.inputs.update(dict.fromkeys(hubs, name))
         if quantizer._constant_amax is not None:
             self.constants.update(dict.fromkeys(hubs, float(quantizer._constant_amax)))
@@ -268,6 +274,11 @@ def _in_sequence(quantizer: Any) -> list[Any]:
 def _plain(quantizer: Any) -> bool:
     """True for a quantizer calibrated by max alone: no bias, no rotation."""
     return not quantizer.bias and not quantizer.rotate_is_enabled
+
+
+def _dynamic(quantizer: Any) -> bool:
+    """True for a quantizer that finds all its scales as it runs. NVFP4's keeps one for the tensor."""
+    return bool(quantizer._dynamic or quantizer.is_mx_format)
 
 
 def _per_tensor_fp8(quantizer: Any) -> bool:

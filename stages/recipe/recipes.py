@@ -184,8 +184,7 @@ def _probably_refused(name: str) -> bool:
     enough to sort by. For certain, only its quantizers on a model can tell.
     """
     families = {weight_format.partition("_")[0] for weight_format in TABLE}
-    words = _words(name)
-    if not families & set(words) or any(word.startswith("mx") for word in words):
+    if not families & set(_words(name)):
         return True
     try:
         return resolve(name).algorithm not in ALGORITHMS

@@ -64,7 +64,8 @@ def test_the_id_follows_what_changes_the_result() -> None:
         (plan("local_hessian", block_size=32), r"block_size=32; only 16 is supported"),
         (
             plan("local_hessian", {"layers.0.up": FP8}),
-            r"layers.0.up to fp8 .*, which local_hessian can't solve; supported: nvfp4 in blocks of 16$",
+            r"layers.0.up to fp8 .*, which local_hessian can't solve; "
+            r"supported: nvfp4 in blocks of 16, w4a16_nvfp4 in blocks of 16$",
         ),
         (plan("mse"), r"algorithm 'mse'; supported: max, awq_lite"),
         (plan("smoothquant"), r"layers.0.up to nvfp4 in blocks of 16, which smoothquant can't.*: int8_sq"),

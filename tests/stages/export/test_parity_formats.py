@@ -1,0 +1,78 @@
+"""Parity with modelopt's exporter for the formats that need nothing of a run, and for several in one."""
+
+from pathlib import Path
+
+import pytest
+
+from tests.stages.export import support
+from tests.stages.export.test_parity import assert_parity
+
+WIDE = {"hidden_size": 256, "intermediate_size": 256, "head_dim": 32, "moe_intermediate_size": 256}
+RECIPES = (
+    "w4a16_nvfp4",
+    "mxfp4",
+    "mxfp8",
+    "fp8_per_channel_per_token",
+    "fp8_2d_blockwise_weight_only",
+    "general/ptq/mxfp4_mlp_weight_only",
+    "general/ptq/nvfp4_mlp_weight_only",
+    "general/ptq/nvfp4_weight_only-kv_fp16",
+)
+MIXED = """
+imports:
+  fp8: configs/numerics/fp8
+  mxfp8: configs/numerics/mxfp8
+  nvfp4: configs/numerics/nvfp4
+metadata: {recipe_type: ptq}
+quantize:
+  algorithm: max
+  quant_cfg:
+    - {quantizer_name: '*', enable: false}
+    - {quantizer_name: '*layers.0.self_attn.[qkv]_proj.weight_quantizer', cfg: {$import: fp8, axis: 0}}
+    - quantizer_name: '*layers.0.self_attn.[qkv]_proj.input_quantizer'
+      cfg: {$import: fp8, type: dynamic, block_sizes: {-1: }}
+    - quantizer_name: '*layers.1.self_attn.[qkv]_proj.weight_quantizer'
+      cfg: {$import: fp8, block_sizes: {-1: 128, -2: 128}}
+    - {quantizer_name: '*o_proj.weight_quantizer', cfg: {$import: mxfp8}}
+    - {quantizer_name: '*o_proj.input_quantizer', cfg: {$import: mxfp8}}
+    - {quantizer_name: '*layers.0.mlp*weight_quantizer*', cfg: {$import: nvfp4}}
+    - {quantizer_name: '*layers.0.mlp*input_quantizer', cfg: {$import: nvfp4}}
+    - {quantizer_name: '*layers.1.mlp*weight_quantizer*', cfg: {$import: nvfp4}}
+    - {quantizer_name: '*mlp.gate.*', enable: false}
+"""
+
+
+@pytest.fixture(scope="module", params=["llama", "qwen3_moe"])
+def calibrated(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """(model folder, run) of each family."""
+    scratch = tmp_path_factory.mktemp(request.param)
+    model = support.make_model(scratch / "model", support.config_of(request.param, **WIDE))
+    text = support.make_text(scratch / "text.jsonl")
+    return model, support.make_run(scratch / "run", model, text)
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_formats_that_need_nothing_of_inputs(
+    calibrated: tuple[Path, Path], recipe: str, tmp_path: Path
+) -> None:
+    ours, _ = assert_parity(*calibrated, recipe, tmp_path)
+    assert not [name for name in support.tensors(ours) if name.endswith("input_scale")]
+
+
+def test_several_formats_in_one(calibrated: tuple[Path, Path], tmp_path: Path) -> None:
+    (tmp_path / "mixed.yaml").write_text(MIXED)
+    ours, _ = assert_parity(*calibrated, str(tmp_path / "mixed.yaml"), tmp_path)
+    quantization = support.parsed(ours / "hf_quant_config.json")["quantization"]
+    inline = support.parsed(ours / "config.json")["quantization_config"]
+    assert quantization["quant_algo"] == inline["quant_algo"] == "MIXED_PRECISION"
+    layers = quantization["quantized_layers"]
+    assert layers == inline["quantized_layers"]
+    assert {entry["quant_algo"] for entry in layers.values()} == {
+        "FP8_PER_CHANNEL_PER_TOKEN",
+        "fp8_pb_wo",
+        "MXFP8",
+        "NVFP4",
+        "W4A16_NVFP4",
+    }
+    grouped = {name for group in inline["config_groups"].values() for name in group["targets"]}
+    assert grouped == layers.keys()
