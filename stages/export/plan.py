@@ -98,7 +98,7 @@ def plan_export(settings: ExportSettings, progress: Progress) -> ExportPlan:
     report = describe(
         _public_name(recipe),
         shards,
-        len(quantizers.kv),
+        tuple(quantizers.kv.values()),
         source_bytes,
         (*decisions.uses, *applied.policies, *cast.uses(quantizers, decisions.scales)),
         not run.head.finished,

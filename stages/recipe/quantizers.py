@@ -148,13 +148,10 @@ class _PlanReader:
         quantizers = {part: getattr(module, f"{part}_bmm_quantizer") for part in ("k", "v")}
         if not any(quantizer.is_enabled for quantizer in quantizers.values()):
             return
-        formats = {
-            (q.num_bits, q.axis, bool(q.block_sizes), bool(q._use_constant_amax)) for q in quantizers.values()
-        }
-        if len(formats) != 1 or not all(_per_tensor_fp8(quantizer) for quantizer in quantizers.values()):
+        formats = {_cache_format(quantizer) for quantizer in quantizers.values()}
+        if len(formats) != 1 or (cache := formats.pop()) is None:
             return
-        hub = self.skeleton.hub_name(memory)
-        self.kv[hub] = "fp8_cast" if quantizers["k"]._use_constant_amax else "fp8"
+        self.kv[self.skeleton.hub_name(memory)] = cache
         self.served.update(f"{memory}.{part}_bmm_quantizer" for part in quantizers)
 
     def _weight(self, hubs: list[str], name: str, module: nn.Module, quantizer: Any) -> None:
@@ -254,8 +251,14 @@ class _PlanReader:
             shown = ", ".join(unserved[:5]) + (f" and {len(unserved) - 5} more" if len(unserved) > 5 else "")
             raise InputError(
                 f"recipe {self.recipe.name!r} enables quantizers that no kept statistic serves: {shown}; "
-                "supported: weights and inputs of linears and experts by max, FP8 K and V caches per tensor, "
+                "supported: weights and inputs of linears and experts by max, FP8 and NVFP4 K and V caches, "
                 "without bias or rotation"
+            )
+        caches = sorted({cache.partition("_")[0] for cache in self.kv.values()})
+        if len(caches) > 1:
+            raise InputError(
+                f"recipe {self.recipe.name!r} puts KV caches into {' and '.join(caches)}; a checkpoint can "
+                "name one format for all: choose a recipe that does so"
             )
 
 
@@ -281,11 +284,15 @@ def _dynamic(quantizer: Any) -> bool:
     return bool(quantizer._dynamic or quantizer.is_mx_format)
 
 
-def _per_tensor_fp8(quantizer: Any) -> bool:
-    return (
-        quantizer.is_enabled
-        and quantizer.num_bits == (4, 3)
-        and quantizer.axis is None
-        and not quantizer.block_sizes
-        and _plain(quantizer)
-    )
+def _cache_format(quantizer: Any) -> KvFormat | None:
+    """What K or V is cached in; None for what no kept statistic serves."""
+    if not quantizer.is_enabled or quantizer.axis is not None or not _plain(quantizer):
+        return None
+    if quantizer._constant_amax is not None:
+        return None
+    fixed = bool(quantizer._use_constant_amax)
+    if quantizer.num_bits == (4, 3) and not quantizer.block_sizes and not quantizer._dynamic:
+        return "fp8_cast" if fixed else "fp8"
+    if quantizer.is_nvfp4_dynamic and quantizer.block_sizes[-1] == 16:
+        return "nvfp4_cast" if fixed else "nvfp4"
+    return None

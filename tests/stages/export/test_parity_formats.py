@@ -42,6 +42,23 @@ quantize:
 """
 
 
+CACHE = """
+imports:
+  base_disable_all: configs/ptq/units/base_disable_all
+  experts: configs/ptq/units/w8a8_fp8_fp8
+  cache: configs/ptq/units/kv_nvfp4
+  default_disabled_quantizers: configs/ptq/units/default_disabled_quantizers
+metadata: {recipe_type: ptq}
+quantize:
+  algorithm: max
+  quant_cfg:
+    - $import: base_disable_all
+    - $import: experts
+    - $import: cache
+    - $import: default_disabled_quantizers
+"""
+
+
 @pytest.fixture(scope="module", params=["llama", "qwen3_moe"])
 def calibrated(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     """(model folder, run) of each family."""
@@ -76,3 +93,12 @@ def test_several_formats_in_one(calibrated: tuple[Path, Path], tmp_path: Path) -
     }
     grouped = {name for group in inline["config_groups"].values() for name in group["targets"]}
     assert grouped == layers.keys()
+
+
+def test_a_cache_in_nvfp4(calibrated: tuple[Path, Path], tmp_path: Path) -> None:
+    (tmp_path / "cache.yaml").write_text(CACHE)
+    ours, _ = assert_parity(*calibrated, str(tmp_path / "cache.yaml"), tmp_path)
+    assert len([name for name in support.tensors(ours) if name.endswith(("k_scale", "v_scale"))]) == 4
+    inline = support.parsed(ours / "config.json")["quantization_config"]
+    assert inline["kv_cache_scheme"] == "NVFP4"
+    assert support.parsed(ours / "export_report.json")["formats"]["nvfp4 kv cache"] == 2

@@ -62,6 +62,21 @@ def test_recipe_file_with_a_cache(skeleton: Skeleton) -> None:
     assert plan.kv == {"model.layers.0.self_attn": "fp8", "model.layers.1.self_attn": "fp8"}
 
 
+def test_caches_of_several_formats_are_refused(skeleton: Skeleton, tmp_path: Path) -> None:
+    (tmp_path / "own.yaml").write_text("""
+imports: {fp8: configs/numerics/fp8, nvfp4: configs/numerics/nvfp4}
+metadata: {recipe_type: ptq}
+quantize:
+  algorithm: max
+  quant_cfg:
+    - {quantizer_name: '*', enable: false}
+    - {quantizer_name: '*layers.0*[kv]_bmm_quantizer', cfg: {$import: fp8}}
+    - {quantizer_name: '*layers.1*[kv]_bmm_quantizer', cfg: {$import: nvfp4}}
+""")
+    with pytest.raises(InputError, match="puts KV caches into fp8 and nvfp4"):
+        plan_quantizers(skeleton, resolve(str(tmp_path / "own.yaml")))
+
+
 def test_values_a_recipe_fixes(skeleton: Skeleton) -> None:
     plan = plan_quantizers(skeleton, resolve("general/ptq/nvfp4_experts_only_input_scale1-kv_fp8_cast"))
     assert set(plan.constant_inputs.values()) == {2688.0}
@@ -94,7 +109,6 @@ def test_recipes_with_a_solver(skeleton: Skeleton, recipe: str, weight: WeightFo
         ("w4a8_nvfp4_fp8", "'w4a8_nvfp4_fp8'"),
         ("mxfp6", "num_bits=(3, 2)"),
         ("nvfp4_fp8_mha", "model.layers.0.self_attn.p_bmm_quantizer"),
-        ("general/ptq/nvfp4_default-kv_nvfp4_cast", "model.layers.0.self_attn.k_bmm_quantizer"),
     ],
 )
 def test_what_is_not_supported_is_named(skeleton: Skeleton, recipe: str, named: str) -> None:
