@@ -17,6 +17,7 @@ from typing import ClassVar, Literal, NamedTuple, Self
 import torch
 from torch import Tensor
 
+from stages.settings import ScaleChoice
 from state.errors import InputError
 
 CLIP_RATIOS = (0.75, 0.8, 0.85, 0.9, 0.95, 1.0)
@@ -78,6 +79,10 @@ class WeightFormat(ABC):
     def with_blocks(self, block_size: int) -> Self:
         """The same format with blocks of another size."""
         return replace(self, block_size=block_size)
+
+    def with_scales(self, scales: ScaleChoice) -> Self | None:
+        """The same format with block scales chosen in another way; None where there is only one way."""
+        return None
 
     @property
     def rows_together(self) -> int:

@@ -1,8 +1,8 @@
 """The quantizer plan: which weights, inputs and caches a recipe quantizes, and in which format.
 
 modelopt decides. Its quantizers are placed on a meta-device model (no weights, a fraction of a second), then
-read off into plain data in hub names. This is the only module that reads modelopt's quantizer attributes;
-checked against modelopt 0.47.
+read off into plain data in hub names. Only this module and weight_formats.py read modelopt's quantizer
+attributes; checked against modelopt 0.47.
 """
 
 import contextlib
@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import nn
 
-from stages.formats import TABLE, WeightFormat
+from stages.formats import WeightFormat
 from stages.model.engine_fused import fused_with
 from stages.model.modules import ExpertsModule
 from stages.model.skeleton import Skeleton
@@ -20,6 +20,8 @@ from stages.recipe.fused_refused import with_biases_apart, without_layout, witho
 from stages.recipe.hub_config import in_hub_names
 from stages.recipe.quantizer_plan import KvFormat, QuantizerPlan
 from stages.recipe.recipes import ALGORITHMS, Recipe
+from stages.recipe.scale_choice import scales_of
+from stages.recipe.weight_formats import in_sequence, weight_format_of
 from state.errors import InputError
 from state.reasons import reason
 
@@ -28,8 +30,8 @@ def plan_quantizers(skeleton: Skeleton, recipe: Recipe) -> QuantizerPlan:
     """Place the recipe's quantizers on a fresh meta-device model and read the plan off.
 
     Raises InputError when the recipe needs what this version can't serve: another algorithm than those in
-    ALGORITHMS, a weight format that is not in the table of formats, or quantizers for which no statistic is
-    kept.
+    ALGORITHMS, another search of scales than `scales_of` knows, a weight format that is not in the table of
+    formats, or quantizers for which no statistic is kept.
     """
     from modelopt.torch.export.quant_utils import get_quant_config
 
@@ -38,6 +40,7 @@ def plan_quantizers(skeleton: Skeleton, recipe: Recipe) -> QuantizerPlan:
             f"recipe {recipe.name!r} asks for the algorithm {recipe.algorithm!r}, "
             f"which is not supported yet; supported: {', '.join(ALGORITHMS)}"
         )
+    scales_of(recipe)
     model = skeleton.build_again()
     _insert(model, recipe)
     reader = _PlanReader(skeleton, recipe)
@@ -155,28 +158,12 @@ class _PlanReader:
         self.served.update(f"{memory}.{part}_bmm_quantizer" for part in quantizers)
 
     def _weight(self, hubs: list[str], name: str, module: nn.Module, quantizer: Any) -> None:
-        from modelopt.torch.export.quant_utils import get_quantization_format
-
-        steps = _in_sequence(quantizer)
-        try:
-            stored = get_quantization_format(module)
-        except NotImplementedError:  # modelopt can fake-quantize it, but has no checkpoint format for it
-            stored = f"num_bits={steps[0].num_bits}"
-        weight_format = TABLE.get(stored)
-        if weight_format is not None and weight_format.weight_axis not in (None, steps[0].axis):
-            stored, weight_format = f"{stored} with axis={steps[0].axis}", None
-        sizes = steps[0].block_sizes or {}
-        if weight_format is not None and sizes.get(-2) != (sizes[-1] if weight_format.square else None):
-            stored, weight_format = f"{stored} with block_sizes={sizes}", None
-        if weight_format is None:
-            raise InputError(
-                f"recipe {self.recipe.name!r} quantizes {hubs[0]} to {stored!r} ({name}), "
-                f"which is not supported yet; supported: {', '.join(TABLE)}"
-            )
+        steps = in_sequence(quantizer)
+        weight_format = weight_format_of(hubs[0], name, module, steps, self.recipe)
         if all(map(_plain, steps)):
             self.served.add(name)
             self.served.update(f"{name}.{number}" for number in range(len(steps)))
-        self.weights.update(dict.fromkeys(hubs, weight_format.with_blocks(sizes.get(-1, 0))))
+        self.weights.update(dict.fromkeys(hubs, weight_format))
 
     def _input(self, hubs: list[str], name: str, quantizer: Any) -> None:
         if not quantizer.is_enabled or not _plain(quantizer):
@@ -265,13 +252,6 @@ class _PlanReader:
 def _asks_for_kv(rule: dict[str, Any]) -> bool:
     names = rule.get("quantizer_name", "")
     return "bmm_quantizer" in names and rule.get("cfg") is not None and rule.get("enable") is not False
-
-
-def _in_sequence(quantizer: Any) -> list[Any]:
-    """The quantizers that follow one another in modelopt's SequentialQuantizer; a plain one alone."""
-    from modelopt.torch.quantization.nn import SequentialQuantizer
-
-    return list(quantizer) if isinstance(quantizer, SequentialQuantizer) else [quantizer]
 
 
 def _plain(quantizer: Any) -> bool:

@@ -18,7 +18,7 @@ from state.identity import digest_json
 PRESETS = "configs/ptq/presets/model"
 """Where modelopt's library of recipes has its presets."""
 
-ALGORITHMS = ("max", "awq_lite", "awq_clip", "awq_full", "gptq", "local_hessian", "smoothquant")
+ALGORITHMS = ("max", "mse", "awq_lite", "awq_clip", "awq_full", "gptq", "local_hessian", "smoothquant")
 """Those that are served."""
 
 NAMED = 3  # recipes suggested for a name that is none

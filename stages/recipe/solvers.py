@@ -63,12 +63,12 @@ class Solver:
 
 
 def solver_of(quantizers: QuantizerPlan) -> Solver | None:
-    """The solver of a plan's recipe; None where `max` is all it asks for.
+    """The solver of a plan's recipe; None where it asks for scales alone (`max`, `mse`).
 
     Raises InputError for an option, weight format or block size that the solver does not have.
     """
     recipe = quantizers.recipe
-    if recipe.algorithm == "max":
+    if recipe.algorithm in ("max", "mse"):
         return None
     if recipe.algorithm not in get_args(Method):
         raise InputError(
