@@ -73,7 +73,7 @@ def solver_of(quantizers: QuantizerPlan) -> Solver | None:
     if recipe.algorithm not in get_args(Method):
         raise InputError(
             f"recipe {recipe.name!r} asks for the algorithm {recipe.algorithm!r}; "
-            f"supported: max, {', '.join(get_args(Method))}"
+            f"supported: max, mse, {', '.join(get_args(Method))}"
         )
     method = cast(Method, recipe.algorithm)
     options = dict(recipe.algorithm_options)

@@ -8,7 +8,6 @@ from torch import Tensor
 
 from stages.formats import NVFP4
 from stages.formats.nvfp4 import Nvfp4
-from stages.formats.packing import block_amax
 from stages.formats.weight_format import tensor_amax
 from stages.settings import ScaleChoice
 from tests.stages.formats.test_packing import random_weights

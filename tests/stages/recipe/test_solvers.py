@@ -67,7 +67,7 @@ def test_the_id_follows_what_changes_the_result() -> None:
             r"layers.0.up to fp8 .*, which local_hessian can't solve; "
             r"supported: nvfp4 in blocks of 16, w4a16_nvfp4 in blocks of 16$",
         ),
-        (plan("mse"), r"algorithm 'mse'; supported: max, awq_lite"),
+        (plan("svdquant"), r"algorithm 'svdquant'; supported: max, mse, awq_lite"),
         (plan("smoothquant"), r"layers.0.up to nvfp4 in blocks of 16, which smoothquant can't.*: int8_sq"),
         (
             plan("awq_lite", {"up": INT4_AWQ.with_blocks(64)}),
