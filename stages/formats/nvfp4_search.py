@@ -20,7 +20,6 @@ from torch import Tensor
 from stages.formats.grids import E2M1_MAX, E4M3_MAX, round_e2m1
 from stages.formats.packing import spans
 
-BLOCK = 16
 SMALLEST, LARGEST = 1, 126
 """The codes of 2^-9 and 448, e4m3's ends. Neighbouring values are neighbouring codes."""
 EVENLY_SPACED = 16
@@ -40,7 +39,7 @@ def sweep(weight: Tensor, amax: Tensor, tensor_scale: Tensor) -> Tensor:
     """The best scale of each block, the smallest of equal ones: float8_e4m3fn, of amax' shape.
 
     Args:
-        weight: `[N, K]` in bf16, f16 or f32. amax: of its blocks, f32 `[N, K / 16]`.
+        weight: `[N, K]` in bf16, f16 or f32. amax: of its blocks, f32 `[N, K / block]`.
         tensor_scale: f32 `[]`.
     """
 
@@ -118,14 +117,15 @@ def _steps(codes: Tensor, unit: Tensor) -> Tensor:
 
 
 def _errors(blocks: Tensor, steps: Tensor) -> Tensor:
-    """The squared error of each block: f32 `[blocks, 16]`, `[blocks]` → `[blocks]`."""
+    """The squared error of each block: f32 `[blocks, block]`, `[blocks]` → `[blocks]`."""
     steps = steps[:, None]
     return round_e2m1(blocks / steps).mul_(steps).sub_(blocks).square_().sum(-1)
 
 
 def _in_pieces(weight: Tensor, amax: Tensor, search: Search) -> Tensor:
-    blocks, flat = weight.contiguous().view(-1, BLOCK), amax.reshape(-1)
+    flat = amax.reshape(-1)
+    blocks = weight.contiguous().view(len(flat), -1)
     found = torch.empty(len(blocks), dtype=torch.uint8, device=weight.device)
-    for part in spans(len(blocks), BLOCK, weight.device):
+    for part in spans(len(blocks), blocks.shape[1], weight.device):
         found[part] = search(blocks[part].float(), flat[part])
     return found.view(torch.float8_e4m3fn).view(amax.shape)

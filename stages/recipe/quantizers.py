@@ -7,6 +7,7 @@ attributes; checked against modelopt 0.47.
 
 import contextlib
 import io
+import re
 import warnings
 from typing import Any
 
@@ -62,6 +63,16 @@ def plan_quantizers(skeleton: Skeleton, recipe: Recipe) -> QuantizerPlan:
         hf_quant_config=in_hub_names(get_quant_config(model), skeleton),
         left_out=reader.left_out,
     )
+
+
+def quantizer_names(skeleton: Skeleton) -> list[str]:
+    """The quantizers that modelopt can place on a model, by the names that its rules match."""
+    from modelopt.torch.quantization.nn import TensorQuantizer
+
+    model = skeleton.build_again()
+    _insert(model, Recipe("", [{"quantizer_name": "*", "enable": False}], "max", {}))
+    placed = [name for name, module in model.named_modules() if isinstance(module, TensorQuantizer)]
+    return list(dict.fromkeys(re.sub(r"_quantizers\.\d+$", "_quantizer", name) for name in placed))
 
 
 def _insert(model: nn.Module, recipe: Recipe) -> None:
@@ -179,14 +190,14 @@ class _PlanReader:
 
     def leave_out_ignored(self, model: nn.Module) -> None:
         """Pass over quantizers of modules that multiply with no matrix, such as norms and convolutions:
-        modelopt places them, and its exporter writes nothing of them.
+        modelopt places them, and its exporter writes nothing of them; of embeddings it does.
         """
         known = self.linear_names.keys() | self.expert_modules.keys()
         for name in sorted(self.enabled.keys() - self.served):
             memory = name.rpartition(".")[0]
             owner = model.get_submodule(memory)
             own = owner._parameters.get("weight")
-            if memory not in known and own is not None and not isinstance(owner, nn.Linear):
+            if memory not in known and own is not None and not isinstance(owner, nn.Linear | nn.Embedding):
                 kind = type(owner).__name__.removeprefix("Quant")
                 self.served.add(name)
                 hub = f"{self.skeleton.hub_name(memory)}.{name.rpartition('.')[2]}"
