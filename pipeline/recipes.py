@@ -8,6 +8,7 @@ from pathlib import Path
 from pipeline.tables import print_table
 from stages.model.folder import locate
 from stages.progress import Progress
+from stages.recipe.quantizer_plan import told_left_out
 from stages.recipe.survey import Surveyed
 
 
@@ -47,11 +48,15 @@ def print_recipes(found: Sequence[Surveyed], as_json: bool) -> None:
     served = [one for one in found if one.reason is None]
     heads = ("recipe", "bits per weight", "KV cache", "scales or solver", "needs of a run")
     print_table([heads, *(_row(one) for one in served)])
+    for one in served:
+        for line in told_left_out(one.left_out):
+            print(f"{one.name}: {line}")
     print(f"\nnot served, {len(found) - len(served)} of {len(found)}:")
     for one in found:
         if one.reason is not None:
             # The rest says what else there is, the same for all.
-            print(f"  {one.name}: {one.reason.partition('; ')[0]}")
+            reason = one.reason.removeprefix(f"recipe {one.name!r} ").partition("; ")[0]
+            print(f"  {one.name}: {reason}")
 
 
 def _row(one: Surveyed) -> tuple[str, ...]:

@@ -190,17 +190,22 @@ class _PlanReader:
 
     def leave_out_ignored(self, model: nn.Module) -> None:
         """Pass over quantizers of modules that multiply with no matrix, such as norms and convolutions:
-        modelopt places them, and its exporter writes nothing of them; of embeddings it does.
+        modelopt places them, and its exporter writes nothing of them. Embeddings it would write; engines read
+        those as they are.
         """
         known = self.linear_names.keys() | self.expert_modules.keys()
         for name in sorted(self.enabled.keys() - self.served):
             memory = name.rpartition(".")[0]
             owner = model.get_submodule(memory)
             own = owner._parameters.get("weight")
-            if memory not in known and own is not None and not isinstance(owner, nn.Linear | nn.Embedding):
+            if memory not in known and own is not None and not isinstance(owner, nn.Linear):
                 kind = type(owner).__name__.removeprefix("Quant")
                 self.served.add(name)
-                hub = f"{self.skeleton.hub_name(memory)}.{name.rpartition('.')[2]}"
+                hub = self.skeleton.hub_name(memory)
+                if isinstance(owner, nn.Embedding):
+                    self.left_out[hub] = "embeddings stay as they are"
+                    continue
+                hub = f"{hub}.{name.rpartition('.')[2]}"
                 self.left_out[hub] = f"modelopt's exporter writes nothing of a {kind}'s quantizers"
 
     def leave_out_towers(self) -> None:

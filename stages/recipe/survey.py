@@ -44,7 +44,8 @@ class Surveyed:
     reason: why it is not served, None where it is. needs: what an export takes from a run besides its
     identity. bits: weight format → bits of a weight, its scales included. cache: format of the KV cache.
     scales: how block scales are chosen. solver: None for recipes without one. stood_in: rules, by the names
-    of their quantizers, that the model has no module for.
+    of their quantizers, that the model has no module for. left_out: module or quantizer that stays as it is
+    → why.
     """
 
     name: str
@@ -55,6 +56,7 @@ class Surveyed:
     scales: ScaleChoice = "max"
     solver: str | None = None
     stood_in: tuple[str, ...] = ()
+    left_out: dict[str, str] = field(default_factory=dict)
 
     @property
     def served(self) -> bool:
@@ -87,6 +89,7 @@ def survey(name: str, skeleton: Skeleton, stand_in: bool) -> Surveyed:
         scales=scales_of(recipe),
         solver=solvers[0].method if solvers else None,
         stood_in=apart,
+        left_out={module: why for plan in plans for module, why in plan.left_out.items()},
     )
 
 

@@ -13,7 +13,7 @@ from tests.stages.export import support
 FOUND = [
     Surveyed("nvfp4", needs="channel statistics", bits={"nvfp4": 4.5}, cache="fp8", scales="mse"),
     Surveyed("svd", "recipe 'svd' asks for the algorithm 'svd'; supported: max"),
-    Surveyed("both", bits={"fp8": 8.0, "mxfp4": 4.25}, solver="gptq"),
+    Surveyed("both", bits={"fp8": 8.0, "mxfp4": 4.25}, solver="gptq", left_out={"wte": "why"}),
 ]
 
 
@@ -23,9 +23,10 @@ def test_a_table(capsys: pytest.CaptureFixture[str]) -> None:
         "recipe  bits per weight    KV cache  scales or solver  needs of a run",
         "nvfp4   nvfp4 4.5          fp8       mse               channel statistics",
         "both    fp8 8, mxfp4 4.25  -         gptq              nothing",
+        "both: not quantized: wte (why)",
         "",
         "not served, 1 of 3:",
-        "  svd: recipe 'svd' asks for the algorithm 'svd'",
+        "  svd: asks for the algorithm 'svd'",
     ]
 
 

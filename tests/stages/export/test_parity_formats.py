@@ -4,6 +4,8 @@ from pathlib import Path
 
 import pytest
 
+from stages.export.run import export
+from stages.settings import ExportSettings
 from tests.stages.export import support
 from tests.stages.export.test_parity import assert_parity
 
@@ -102,3 +104,21 @@ def test_a_cache_in_nvfp4(calibrated: tuple[Path, Path], tmp_path: Path) -> None
     inline = support.parsed(ours / "config.json")["quantization_config"]
     assert inline["kv_cache_scheme"] == "NVFP4"
     assert support.parsed(ours / "export_report.json")["formats"]["nvfp4 kv cache"] == 2
+
+
+@pytest.mark.parametrize("several", [False, True])
+def test_embeddings_stay_as_they_are(calibrated: tuple[Path, Path], tmp_path: Path, several: bool) -> None:
+    rule = "    - {quantizer_name: '*embed_tokens.weight_quantizer', cfg: {$import: nvfp4}}\n"
+    one = MIXED[: MIXED.index("    - {quantizer_name: '*layers.0.self_attn")]
+    one += "    - {quantizer_name: '*layers.1.mlp*down_proj*weight_quantizer*', cfg: {$import: nvfp4}}\n"
+    (tmp_path / "own.yaml").write_text((MIXED if several else one) + rule)
+    export(ExportSettings(run=calibrated[1], out=tmp_path / "out", recipe=str(tmp_path / "own.yaml")))
+    name = "model.embed_tokens"
+    source = support.tensors(calibrated[0])[f"{name}.weight"]
+    assert support.tensors(tmp_path / "out")[f"{name}.weight"] == source
+    assert support.parsed(tmp_path / "out" / "export_report.json")["left_out"][name]
+    quantization = support.parsed(tmp_path / "out" / "hf_quant_config.json")["quantization"]
+    if several:
+        assert name not in quantization["quantized_layers"]
+    else:
+        assert quantization["quant_algo"] == "W4A16_NVFP4" and name in quantization["exclude_modules"]

@@ -32,7 +32,6 @@ FILES_REFUSED = {
     "huggingface/nemotron_llama/ptq/fp8_output_quant_proj": r"k_proj.output_quantizer",
     "huggingface/nemotron_llama/ptq/nvfp4_output_quant_proj": r"k_proj.output_quantizer",
     "huggingface/vit/ptq/fp8": r"self_attn.p_bmm_quantizer",
-    "models/nvidia/NVIDIA-Nemotron-3-Nano-4B-BF16/ptq/nvfp4_w4a16": r"embed_tokens.weight_quantizer",
 }
 OTHER_KINDS = re.compile(r"/(auto_quantize|speculative_decoding|distillation)/")
 """Folders of recipes that are not for quantization after training."""
@@ -93,6 +92,12 @@ def test_rules_for_modules_that_the_model_does_not_have_count_too(found: dict[st
     ultra = found["models/nvidia/NVIDIA-Nemotron-3-Ultra-550B-A55B-BF16/ptq/nvfp4-4o6"]
     assert ultra.bits == {"fp8": 8.0, "nvfp4": 4.5} and ultra.scales == "four_over_six"
     assert ultra.cache == "fp8" and "*mixer.in_proj*weight_quantizer" in ultra.stood_in
+
+
+def test_embeddings_stay_as_they_are(found: dict[str, Surveyed]) -> None:
+    one = found["models/nvidia/NVIDIA-Nemotron-3-Nano-4B-BF16/ptq/nvfp4_w4a16"]
+    assert one.served and one.left_out == {"model.embed_tokens": "embeddings stay as they are"}
+    assert not found["nvfp4"].left_out
 
 
 def test_on_a_model_of_ones_own_they_do_not(skeleton: Skeleton) -> None:
