@@ -11,6 +11,8 @@ from stages.progress import Progress
 from stages.recipe.quantizer_plan import told_left_out
 from stages.recipe.survey import Surveyed
 
+STOOD_IN = "* names modules that this model does not have; to judge on yours: holdfast recipes --model MODEL"
+
 
 def look_through(model: str | None, progress: Progress) -> list[Surveyed]:
     """Judge every recipe, on the model if one is given.
@@ -48,6 +50,8 @@ def print_recipes(found: Sequence[Surveyed], as_json: bool) -> None:
     served = [one for one in found if one.reason is None]
     heads = ("recipe", "bits per weight", "KV cache", "scales or solver", "needs of a run")
     print_table([heads, *(_row(one) for one in served)])
+    if any(one.stood_in for one in served):
+        print(STOOD_IN)
     for one in served:
         for line in told_left_out(one.left_out):
             print(f"{one.name}: {line}")
@@ -61,4 +65,5 @@ def print_recipes(found: Sequence[Surveyed], as_json: bool) -> None:
 
 def _row(one: Surveyed) -> tuple[str, ...]:
     bits = ", ".join(f"{name} {value:g}" for name, value in one.bits.items())
-    return one.name, bits, one.cache or "-", one.solver or one.scales, one.needs
+    name = f"{one.name} *" if one.stood_in else one.name
+    return name, bits, one.cache or "-", one.solver or one.scales, one.needs

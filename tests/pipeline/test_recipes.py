@@ -5,13 +5,15 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.recipes import look_through, print_recipes
+from pipeline.recipes import STOOD_IN, look_through, print_recipes
 from stages.progress import Silent
 from stages.recipe.survey import Surveyed
 from tests.stages.export import support
 
 FOUND = [
-    Surveyed("nvfp4", needs="channel statistics", bits={"nvfp4": 4.5}, cache="fp8", scales="mse"),
+    Surveyed(
+        "nvfp4", needs="channel statistics", bits={"nvfp4": 4.5}, cache="fp8", scales="mse", stood_in=("*a",)
+    ),
     Surveyed("svd", "recipe 'svd' asks for the algorithm 'svd'; supported: max"),
     Surveyed("both", bits={"fp8": 8.0, "mxfp4": 4.25}, solver="gptq", left_out={"wte": "why"}),
 ]
@@ -20,9 +22,10 @@ FOUND = [
 def test_a_table(capsys: pytest.CaptureFixture[str]) -> None:
     print_recipes(FOUND, as_json=False)
     assert capsys.readouterr().out.splitlines() == [
-        "recipe  bits per weight    KV cache  scales or solver  needs of a run",
-        "nvfp4   nvfp4 4.5          fp8       mse               channel statistics",
-        "both    fp8 8, mxfp4 4.25  -         gptq              nothing",
+        "recipe   bits per weight    KV cache  scales or solver  needs of a run",
+        "nvfp4 *  nvfp4 4.5          fp8       mse               channel statistics",
+        "both     fp8 8, mxfp4 4.25  -         gptq              nothing",
+        STOOD_IN,
         "both: not quantized: wte (why)",
         "",
         "not served, 1 of 3:",

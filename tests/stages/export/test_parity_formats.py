@@ -9,7 +9,7 @@ from stages.settings import ExportSettings
 from tests.stages.export import support
 from tests.stages.export.test_parity import assert_parity
 
-WIDE = {"hidden_size": 256, "intermediate_size": 256, "head_dim": 32, "moe_intermediate_size": 256}
+WIDE = {"hidden_size": 256, "intermediate_size": 192, "head_dim": 32, "moe_intermediate_size": 256}
 RECIPES = (
     "w4a16_nvfp4",
     "mxfp4",

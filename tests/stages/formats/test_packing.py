@@ -175,8 +175,9 @@ def test_mx_at_every_tie(dtype: torch.dtype) -> None:
             require_equal_packing(format, scaled)
 
 
-def test_square_blocks_at_the_lower_edge() -> None:
-    weight = torch.randn(200, 256, generator=torch.Generator().manual_seed(0)).bfloat16()
+@pytest.mark.parametrize("columns", [256, 192])
+def test_square_blocks_at_the_edges(columns: int) -> None:
+    weight = torch.randn(200, columns, generator=torch.Generator().manual_seed(0)).bfloat16()
     scale = FP8_PB_WO.block_scale(weight, None)
     theirs, modelopts = FP8QTensor.quantize(weight.float(), block_sizes={-1: 128, -2: 128})
     assert scale.shape == (2, 1, 2, 1) and scale.flatten().equal(modelopts.flatten())
