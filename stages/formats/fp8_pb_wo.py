@@ -27,6 +27,7 @@ class Fp8PbWo(WeightFormat):
     grain = "block"
     bound = E4M3_MAX
     input_bound = E4M3_MAX
+    inputs = "plain"
     square = True
     engines = ("vllm",)
 

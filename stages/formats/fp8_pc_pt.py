@@ -21,7 +21,7 @@ class Fp8PcPt(WeightFormat):
     grain = "row"
     bound = E4M3_MAX
     input_bound = E4M3_MAX
-    dynamic_inputs = True
+    inputs = "found"
     weight_axis = 0
     engines = ("vllm",)
 

@@ -23,7 +23,7 @@ class Mxfp4(WeightFormat):
     bound = E2M1_MAX
     input_bound = E2M1_MAX
     scale_dtype = torch.float8_e8m0fnu
-    dynamic_inputs = True
+    inputs = "found"
 
     def stored(self, rows: int, columns: int) -> list[StoredTensor]:
         return [

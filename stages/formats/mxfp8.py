@@ -23,7 +23,7 @@ class Mxfp8(WeightFormat):
     bound = E4M3_MAX
     input_bound = E4M3_MAX
     scale_dtype = torch.float8_e8m0fnu
-    dynamic_inputs = True
+    inputs = "found"
     engines = ("vllm", "sglang")
 
     def stored(self, rows: int, columns: int) -> list[StoredTensor]:

@@ -10,6 +10,7 @@ class W4a16Nvfp4(Nvfp4):
     """Stored as NVFP4 is, without an input's scale."""
 
     name = "w4a16_nvfp4"
+    inputs = "plain"
 
 
 W4A16_NVFP4 = W4a16Nvfp4()

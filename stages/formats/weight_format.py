@@ -50,7 +50,7 @@ class WeightFormat(ABC):
             parameter; none.
         candidates_count: the scales that `candidates` gives for one block.
         solvers: the solvers that can search a weight of this format.
-        dynamic_inputs: engines find the scales of inputs as they run, and a checkpoint holds none.
+        inputs: their scales are stored, or found by engines as they run; or inputs stay as they are.
         weight_axis: the axis along which modelopt's weight quantizer must have its scales; None: any.
         square: blocks span as many rows as columns.
         holds_together: whether a checkpoint may hold all experts of a layer in one tensor of this format, as
@@ -70,7 +70,7 @@ class WeightFormat(ABC):
     shared_over: ClassVar[Literal["engine groups", "fused experts"] | None] = None
     candidates_count: ClassVar[int] = len(CLIP_RATIOS)
     solvers: ClassVar[frozenset[str]] = frozenset()
-    dynamic_inputs: ClassVar[bool] = False
+    inputs: ClassVar[Literal["stored", "found", "plain"]] = "stored"
     weight_axis: ClassVar[int | None] = None
     square: ClassVar[bool] = False
     holds_together: ClassVar[bool] = False

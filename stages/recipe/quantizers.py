@@ -17,12 +17,17 @@ from stages.formats import WeightFormat
 from stages.model.engine_fused import fused_with
 from stages.model.modules import ExpertsModule
 from stages.model.skeleton import Skeleton
-from stages.recipe.fused_refused import with_biases_apart, without_layout, without_quantizers
+from stages.recipe.fused_refused import (
+    in_several_formats,
+    with_biases_apart,
+    without_layout,
+    without_quantizers,
+)
 from stages.recipe.hub_config import in_hub_names
 from stages.recipe.quantizer_plan import KvFormat, QuantizerPlan
 from stages.recipe.recipes import ALGORITHMS, Recipe
 from stages.recipe.scale_choice import scales_of
-from stages.recipe.weight_formats import in_sequence, weight_format_of
+from stages.recipe.weight_formats import in_sequence, takes_inputs, weight_format_of
 from state.errors import InputError
 from state.reasons import reason
 
@@ -126,12 +131,13 @@ class _PlanReader:
         weight_quantizer = getattr(module, "weight_quantizer", None)
         if weight_quantizer is None or not weight_quantizer.is_enabled:
             return
-        self._weight(hubs, f"{memory}.weight_quantizer", module, weight_quantizer)
+        self._weight(hubs, f"{memory}.weight_quantizer", weight_quantizer, module.input_quantizer)
         self._input(hubs, f"{memory}.input_quantizer", module.input_quantizer)
         if len(hubs) > 1:
             self.merged.update(dict.fromkeys(hubs, memory))
 
     def _read_experts(self, experts: ExpertsModule, module: nn.Module) -> None:
+        formats: set[WeightFormat] = set()
         for parameter, leaves in ((experts.up_parameter, experts.up), ("down_proj", (experts.down,))):
             hubs = [f"{experts.hub}.{number}.{leaf}" for number in range(experts.count) for leaf in leaves]
             name = f"{parameter}_weight_quantizer"
@@ -151,12 +157,15 @@ class _PlanReader:
                 for number in range(experts.count):
                     self.served.add(f"{prefix}.{number}")
                     self.served.update(f"{prefix}.{number}.{step}" for step in range(2))
-            self._weight(hubs, f"{experts.memory}.{name}", module, quantizer)
+            inputs = getattr(module, f"{parameter}_input_quantizer")
+            self._weight(hubs, f"{experts.memory}.{name}", quantizer, inputs)
+            formats.add(self.weights[hubs[0]])
             if together and not self.weights[hubs[0]].holds_together:
                 raise without_layout(experts, self.recipe.name, self.weights[hubs[0]].name)
-            name = f"{parameter}_input_quantizer"
-            self._input(hubs, f"{experts.memory}.{name}", getattr(module, name))
+            self._input(hubs, f"{experts.memory}.{parameter}_input_quantizer", inputs)
             self.fused.update(hubs)
+        if len(formats) > 1:
+            raise in_several_formats(experts, self.recipe.name, [one.described for one in formats])
 
     def _read_attention(self, memory: str, module: nn.Module) -> None:
         quantizers = {part: getattr(module, f"{part}_bmm_quantizer") for part in ("k", "v")}
@@ -168,9 +177,9 @@ class _PlanReader:
         self.kv[self.skeleton.hub_name(memory)] = cache
         self.served.update(f"{memory}.{part}_bmm_quantizer" for part in quantizers)
 
-    def _weight(self, hubs: list[str], name: str, module: nn.Module, quantizer: Any) -> None:
+    def _weight(self, hubs: list[str], name: str, quantizer: Any, inputs: Any) -> None:
         steps = in_sequence(quantizer)
-        weight_format = weight_format_of(hubs[0], name, module, steps, self.recipe)
+        weight_format = weight_format_of(hubs[0], name, quantizer, inputs, self.recipe)
         if all(map(_plain, steps)):
             self.served.add(name)
             self.served.update(f"{name}.{number}" for number in range(len(steps)))
@@ -179,10 +188,10 @@ class _PlanReader:
     def _input(self, hubs: list[str], name: str, quantizer: Any) -> None:
         if not quantizer.is_enabled or not _plain(quantizer):
             return
-        if _dynamic(quantizer) != self.weights[hubs[0]].dynamic_inputs:
+        if not takes_inputs(self.weights[hubs[0]], quantizer):
             return
         self.served.add(name)
-        if _dynamic(quantizer):
+        if self.weights[hubs[0]].inputs == "found":
             return
         self.inputs.update(dict.fromkeys(hubs, name))
         if quantizer._constant_amax is not None:
@@ -273,11 +282,6 @@ def _asks_for_kv(rule: dict[str, Any]) -> bool:
 def _plain(quantizer: Any) -> bool:
     """True for a quantizer calibrated by max alone: no bias, no rotation."""
     return not quantizer.bias and not quantizer.rotate_is_enabled
-
-
-def _dynamic(quantizer: Any) -> bool:
-    """True for a quantizer that finds all its scales as it runs. NVFP4's keeps one for the tensor."""
-    return bool(quantizer._dynamic or quantizer.is_mx_format)
 
 
 def _cache_format(quantizer: Any) -> KvFormat | None:

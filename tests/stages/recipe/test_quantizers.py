@@ -133,6 +133,23 @@ def test_formats_that_need_nothing_of_inputs(skeleton: Skeleton, recipe: str, we
     assert not plan.inputs
 
 
+STATIC = "num_bits: e2m1, block_sizes: {-1: 16, type: static, scale_bits: e4m3}"
+
+
+def test_experts_of_several_formats_are_refused(skeleton: Skeleton, tmp_path: Path) -> None:
+    (tmp_path / "own.yaml").write_text(f"""
+metadata: {{recipe_type: ptq}}
+quantize:
+  algorithm: max
+  quant_cfg:
+    - {{quantizer_name: '*', enable: false}}
+    - {{quantizer_name: '*gate_up_proj_weight_quantizer*', cfg: {{num_bits: e4m3}}}}
+    - {{quantizer_name: '*down_proj_weight_quantizer*', cfg: {{{STATIC}}}}}
+""")
+    with pytest.raises(InputError, match=r"projections of model.layers.0.mlp.experts to fp8 and w4a16_nvfp4"):
+        plan_quantizers(skeleton, resolve(str(tmp_path / "own.yaml")))
+
+
 @pytest.mark.parametrize(
     ("weight", "inputs", "named"),
     [
@@ -140,6 +157,9 @@ def test_formats_that_need_nothing_of_inputs(skeleton: Skeleton, recipe: str, we
         ("num_bits: e4m3, block_sizes: {-1: 128, -2: 64}", None, "'fp8_pb_wo with block_sizes="),
         ("num_bits: e4m3, axis: 0", "num_bits: e4m3", "layers.0.mlp.experts.down_proj_input_quantizer"),
         ("num_bits: e4m3", "num_bits: e4m3, type: dynamic", "mlp.experts.down_proj_input_quantizer"),
+        ("num_bits: e4m3, block_sizes: {-1: 128, -2: 128}", "num_bits: e4m3", "down_proj_input_quantizer"),
+        ("num_bits: e4m3", "num_bits: 8", "mlp.experts.down_proj_input_quantizer"),
+        (STATIC, "num_bits: e4m3", "mlp.experts.down_proj_input_quantizer"),
     ],
 )
 def test_blocks_and_inputs_that_a_format_does_not_have(
