@@ -1,6 +1,6 @@
-"""The command line: `holdfast calibrate`, `export`, `status`, `check` and `repair`.
+"""The command line: `holdfast calibrate`, `export`, `recipes`, `status`, `check` and `repair`.
 
-Stages are imported when a command needs them: torch takes seconds, and all but the first two do without.
+Stages are imported when a command needs them: torch takes seconds, and all but the first three do without.
 """
 
 from pathlib import Path
@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from pipeline.options import Debug, takes
+from pipeline.options import Debug, quiet, takes
 from pipeline.outcome import exit_codes
 from stages.settings import CalibrateSettings, ExportSettings
 
@@ -21,8 +21,8 @@ command goes on.
 app = typer.Typer(
     help="Quantizes Hugging Face models after training, so that calibration can't be lost.\n\n"
     "calibrate measures a model once and commits as it goes; export turns the run into a checkpoint, in as "
-    "many formats as you like; status looks at a run, also while it is being made; check verifies one, and "
-    "repair mends it.\n\n" + EXIT_CODES,
+    "many formats as you like; recipes lists them; status looks at a run, also while it is being made; check "
+    "verifies one, and repair mends it.\n\n" + EXIT_CODES,
     epilog="Killed, out of space, out of time? Give the same command again.",
     no_args_is_help=True,
     add_completion=False,
@@ -80,6 +80,8 @@ def export(settings: ExportSettings) -> None:
 
     `holdfast export runs/qwen3 exports/strict --unseen error --dead error --conflict error`
 
+    `holdfast export runs/qwen3 exports/qwen3-nvfp4-mse --recipe nvfp4 --scales mse`
+
     `holdfast export runs/qwen3 exports/qwen3-nvfp4 --dry-run`
     """
     from pipeline.progress import reporting
@@ -91,6 +93,38 @@ def export(settings: ExportSettings) -> None:
 
         report = export(settings, progress)
     print_export(report, settings.out)
+
+
+@app.command(epilog=EXIT_CODES)
+def recipes(
+    model: Annotated[
+        str | None,
+        typer.Option("--model", help="Judge them on this model: a folder or a hub id.", show_default=False),
+    ] = None,
+    json: Annotated[bool, typer.Option("--json", help="A JSON array instead of a table.")] = False,
+    debug: Debug = False,
+) -> None:
+    """Lists every recipe that modelopt ships: served or why not, bits per weight, what it needs of a run.
+
+    Without a model they are judged on a small mixture of experts, and rules for modules that it does not
+    have, such as Mamba's, on its attention. A run serves every recipe that needs nothing or channel
+    statistics; a solver pass is added by giving the recipe to calibrate.
+
+    **Examples**
+
+    `holdfast recipes`
+
+    `holdfast recipes --model Qwen/Qwen3-30B-A3B --json`
+    """
+    with exit_codes(debug):
+        quiet(debug)
+        from pipeline.progress import reporting
+        from pipeline.recipes import look_through, print_recipes
+
+        with reporting() as progress:
+            progress.stage("loading libraries")
+            found = look_through(model, progress)
+        print_recipes(found, json)
 
 
 @app.command(epilog=EXIT_CODES)

@@ -29,7 +29,7 @@ def takes(settings: type[Asked]) -> Callable[[Callable[[Asked], None]], Callable
         @functools.wraps(command)
         def typed(debug: bool, **given: Any) -> None:
             with exit_codes(debug):
-                _quiet(debug)
+                quiet(debug)
                 command(settings(**given))
 
         typed.__signature__ = signature(settings)  # type: ignore[attr-defined]
@@ -45,7 +45,7 @@ def signature(settings: type[BaseModel]) -> Signature:
     return Signature([*parameters, debug])
 
 
-def _quiet(debug: bool) -> None:
+def quiet(debug: bool) -> None:
     """The libraries' warnings are about their own interfaces; none is for the person at this command line."""
     if not debug:
         warnings.simplefilter("ignore")

@@ -1,4 +1,4 @@
-"""Tables of two columns, and the rows that several commands show."""
+"""Tables, and the rows that several commands show."""
 
 from collections.abc import Sequence
 
@@ -38,3 +38,10 @@ def print_rows(rows: Rows) -> None:
     width = max(len(name) for name, _ in rows)
     for name, value in rows:
         print(f"{name:<{width}}  {value}")
+
+
+def print_table(rows: Sequence[Sequence[str]]) -> None:
+    """Columns on standard output, the first row their heads. Lines are never broken, as in `print_rows`."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    for row in rows:
+        print("  ".join(f"{value:<{width}}" for value, width in zip(row, widths, strict=True)).rstrip())

@@ -14,6 +14,7 @@ DeadPolicy = Literal["floor", "error"]
 ExpertInputScale = Literal["layer", "expert"]
 Fold = Literal["auto", "none"]
 Mxfp4Scale = Literal["max", "cast"]
+ScaleChoice = Literal["max", "mse", "four_over_six"]
 Schedule = Literal["auto", "whole", "layerwise"]
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 Take = Literal["first", "spread"]
@@ -176,6 +177,12 @@ class ExportSettings(Settings):
         default="auto",
         description="Input scales that AWQ found: folded into the weights before, so that engines load a "
         "plain checkpoint, or kept apart as pre_quant_scale where modelopt keeps them apart.",
+    )
+    scales: ScaleChoice | None = Field(
+        default=None,
+        description="Block scales of NVFP4 weights: from each block's largest weight (max), the one of least "
+        "squared error (mse), or with the largest weight on 6 or 4 (four_over_six). Without it, as the "
+        "recipe says.",
     )
     mxfp4_scale: Mxfp4Scale = Field(
         default="max",

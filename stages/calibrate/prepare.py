@@ -26,7 +26,7 @@ from stages.model.plausible import require_possible_counts, require_possible_siz
 from stages.model.skeleton import Skeleton, load_config, refuse_other_weights
 from stages.progress import Progress
 from stages.recipe.exportable import require_exportable
-from stages.recipe.quantizer_plan import QuantizerPlan, told_left_out
+from stages.recipe.quantizer_plan import CASTS, QuantizerPlan, told_left_out
 from stages.recipe.quantizers import plan_quantizers
 from stages.recipe.recipes import resolve
 from stages.recipe.solvers import Solver, solver_of
@@ -133,7 +133,7 @@ def _require_keys_and_values(quantizers: QuantizerPlan, found: Probe) -> None:
     unseen = [
         attention
         for attention, cache in quantizers.kv.items()
-        if cache != "fp8_cast" and attention not in found.kv_channels
+        if cache not in CASTS and attention not in found.kv_channels
     ]
     if unseen:
         raise InputError(

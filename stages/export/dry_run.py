@@ -8,7 +8,7 @@ from stages.export.plan import ExportPlan
 from stages.export.reading import largest_piece
 from stages.export.report import ExportReport, Needs
 from stages.export.standing import Wanted, examine
-from stages.export.tensors import cut_of, sources
+from stages.export.tensors import cut_of, rows_together, sources
 from state.durable import Disk
 
 COPIES = 6
@@ -39,5 +39,5 @@ def _largest_piece(plan: ExportPlan) -> int:
     for shard in plan.shards:
         for name, units in sources(shard).items():
             cut = cut_of(name, units, given.rescaling)
-            largest = max(largest, largest_piece(given.source.tensors[name], cut))
+            largest = max(largest, largest_piece(given.source.tensors[name], cut, rows_together(units)))
     return largest

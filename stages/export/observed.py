@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from stages.recipe.quantizer_plan import QuantizerPlan
+from stages.recipe.quantizer_plan import CASTS, QuantizerPlan
 from stages.recipe.unified_inputs import input_quantizer
 from state.errors import InputError
 from state.names import Role, Site
@@ -45,7 +45,7 @@ def observed(run: Calibration, quantizers: QuantizerPlan) -> Observed:
     kv = {
         name: _amax(run, Site(attention, role))
         for attention, cache in quantizers.kv.items()
-        if cache != "fp8_cast"
+        if cache not in CASTS
         for name, role in zip(kv_quantizers(attention), KV_ROLES, strict=True)
     }
     weights = {module: _tensor(run, "weight_amax", Site(module, "weight")) for module in quantizers.weights}

@@ -13,6 +13,7 @@ from stages.export.observed import Observed, observed
 from stages.export.provenance import export_identity, require_same_config, require_same_shapes
 from stages.export.records import REPORT
 from stages.export.report import ExportReport, describe
+from stages.export.scale_choice import uses, with_scales
 from stages.export.shards import index
 from stages.export.solved_inputs import not_as_solved
 from stages.export.tensors import Ingredients
@@ -66,15 +67,17 @@ def plan_export(settings: ExportSettings, progress: Progress) -> ExportPlan:
     require_same_shapes(source, run.record)
     plan = _model_plan(settings, run, folder, source)
     require_same_config(folder, plan.config, run.record)
-    quantizers = plan.quantizers
-    recipe, solver = quantizers.recipe, solver_of(quantizers)
+    recipe, solver = plan.quantizers.recipe, solver_of(plan.quantizers)
+    cast_asked = settings.mxfp4_scale == "cast"
+    quantizers, scales = with_scales(plan.quantizers, settings.scales, solver, cast_asked)
+    plan = replace(plan, quantizers=quantizers)
     check_engine_rules(quantizers, run.layout.groups("engine_fused"), source.tensors)
     found = observed(run, quantizers)
     _check_widths(found, plan.matrices, source)
     subject = Subject(run, source, plan)
     applied = apply_solver(solver, subject, found, settings.fold)
     cast = Cast()
-    if settings.mxfp4_scale == "cast":
+    if cast_asked:
         cast = cast_of(source, plan.matrices, quantizers, solver)
     policies = Policies(settings.unseen, settings.conflict, settings.dead, settings.expert_input_scale)
     groups = run.layout.groups("same_input"), run.layout.groups("engine_fused")
@@ -100,9 +103,15 @@ def plan_export(settings: ExportSettings, progress: Progress) -> ExportPlan:
     report = describe(
         _public_name(recipe),
         shards,
-        len(quantizers.kv),
+        tuple(quantizers.kv.values()),
         source_bytes,
-        (*decisions.uses, *other_inputs, *applied.policies, *cast.uses(quantizers, decisions.scales)),
+        (
+            *decisions.uses,
+            *other_inputs,
+            *applied.policies,
+            *cast.uses(quantizers, decisions.scales),
+            *uses(quantizers, scales),
+        ),
         not run.head.finished,
         None if solver is None else solver.id,
         applied.kept_at_one,
@@ -116,6 +125,8 @@ def plan_export(settings: ExportSettings, progress: Progress) -> ExportPlan:
     identity = export_identity(run, recipe, policies, solver, settings.fold, shards, dtype, carried)
     if cast.amax:
         identity["mxfp4_scale"] = settings.mxfp4_scale
+    if scales != "max":
+        identity["scales"] = scales
     ingredients = Ingredients(
         source,
         run.record.identity.tensors,

@@ -25,9 +25,7 @@ AT_ONCE = 1 << 24
 """Bytes of a piece, unless a single row or what can't be cut takes more."""
 
 ROWS = 4
-"""Pieces begin at multiples of this many rows: a format may pack two into a byte, and a tensor may hold those
-of two matrices in turns.
-"""
+"""Pieces begin at multiples of at least this many rows."""
 
 Cut = Literal["whole", "bytes", "rows", "experts", "experts' rows"]
 """How a tensor may be cut: not at all; anywhere, since it passes through; between rows, experts, or both."""
@@ -74,8 +72,14 @@ class SourceReader:
         self.source, self.digests, self.files = source, digests, files
         self._experts: dict[str, list[str]] = {}
 
-    def pieces(self, name: str, cut: Cut, experts: Collection[int] = ()) -> Iterator[Piece]:
-        """A tensor in pieces, in order. experts: those that are wanted, of a tensor that is cut between them.
+    def pieces(
+        self, name: str, cut: Cut, experts: Collection[int] = (), together: int = ROWS
+    ) -> Iterator[Piece]:
+        """A tensor in pieces, in order.
+
+        Args:
+            experts: those that are wanted, of a tensor that is cut between them.
+            together: a tensor that is cut between rows is so at multiples of this many.
 
         Raises:
             IdentityMismatch: it is not the run's; every tensor that is not is named.
@@ -87,7 +91,7 @@ class SourceReader:
         elif cut.startswith("experts") and len(experts) < entry.shape[0]:
             yield from self._some_experts(entry, experts)
         else:
-            yield from self._plain(entry, _spans(entry, cut), cut)
+            yield from self._plain(entry, _spans(entry, cut, together), cut)
 
     def _plain(self, entry: TensorEntry, spans: list[_Span], cut: Cut) -> Iterator[Piece]:
         found = Digesting()
@@ -147,12 +151,12 @@ class SourceReader:
         refuse_other_tensors(self.source, self.digests, self.source.digests(threads=2) | {name: found})
 
 
-def largest_piece(entry: TensorEntry, cut: Cut) -> int:
+def largest_piece(entry: TensorEntry, cut: Cut, together: int) -> int:
     """Bytes of the largest piece of a tensor."""
-    return max(span.nbytes for span in _spans(entry, cut))
+    return max(span.nbytes for span in _spans(entry, cut, together))
 
 
-def _spans(entry: TensorEntry, cut: Cut) -> list[_Span]:
+def _spans(entry: TensorEntry, cut: Cut, together: int = ROWS) -> list[_Span]:
     """The pieces of a tensor; at least one."""
     shape = entry.shape
     if cut == "whole":
@@ -163,7 +167,7 @@ def _spans(entry: TensorEntry, cut: Cut) -> list[_Span]:
     by_expert = cut.startswith("experts")
     experts, rows = (shape[0], shape[1]) if by_expert else (1, shape[0])
     row = entry.nbytes // prod((experts, rows))
-    step = max(ROWS, AT_ONCE // row // ROWS * ROWS) if cut.endswith("rows") else rows
+    step = max(together, AT_ONCE // row // together * together) if cut.endswith("rows") else rows
     return [
         _Span(
             (expert * rows + first) * row,

@@ -87,7 +87,7 @@ class ExportReport:
 def describe(
     recipe: str,
     shards: Sequence[Shard],
-    kv_caches: int,
+    kv_caches: Sequence[str],
     source_nbytes: int,
     policies: Sequence[PolicyUse],
     partial: bool,
@@ -100,8 +100,7 @@ def describe(
     """The report of a plan, before anything is written. quantized: the source's weight → its scheme."""
     units = [unit for shard in shards for unit in shard.units]
     formats = Counter(unit.format.name for unit in units if unit.format for _ in unit.matrices)
-    if kv_caches:
-        formats["fp8 kv cache"] = kv_caches
+    formats += Counter(f"{cache.partition('_')[0]} kv cache" for cache in kv_caches)
     dtypes = Counter(spec.dtype for unit in units for spec in unit.outputs)
     return ExportReport(
         recipe=recipe,

@@ -18,7 +18,7 @@ from state.errors import InputError
 
 
 def kv_scale(amax: Tensor) -> Tensor:
-    """The FP8 cache scale of K or V: amax / 448 (modelopt's `get_kv_cache_scaling_factor`)."""
+    """The cache scale of K or V: amax / 448, in FP8 and in NVFP4 (modelopt's `postprocess_state_dict`)."""
     return amax / E4M3_MAX
 
 

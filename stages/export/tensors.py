@@ -1,14 +1,14 @@
 """Output tensors, piece by piece: what is read of the source for them, and what is made of it."""
 
-import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from math import isfinite, lcm
 
 import torch
 from torch import Tensor
 
 from stages.export.cast import kept_block_amax
-from stages.export.reading import Cut, Piece, SourceReader
+from stages.export.reading import ROWS, Cut, Piece, SourceReader
 from stages.export.rescale import Rescaling
 from stages.export.scales import stored, stored_vector
 from stages.export.shards import Made
@@ -69,7 +69,8 @@ def all_work(shards: Iterable[Shard], given: Ingredients, reader: SourceReader) 
                 for expert in dict.fromkeys(matrix.expert for matrix in unit.matrices.values()) or (None,):
                     by_expert.setdefault(expert, []).append(unit)
             cut = cut_of(entry.name, readers[entry.name], given.rescaling)
-            for piece in reader.pieces(entry.name, cut, [one for one in by_expert if one is not None]):
+            experts = [one for one in by_expert if one is not None]
+            for piece in reader.pieces(entry.name, cut, experts, rows_together(readers[entry.name])):
                 yield Work(shard.file, tuple(by_expert.get(piece.expert, ())), piece)
 
 
@@ -88,13 +89,28 @@ def cut_of(name: str, units: Sequence[Unit], rescaling: Rescaling) -> Cut:
     matrices = [matrix for unit in units for matrix in unit.matrices.values()]
     if not matrices:
         return "whole" if rescaling.changes(name) else "bytes"
-    # Two rows may share a byte; experts that stay together are placed one by one in memory.
-    by_rows = all(len(unit.matrices) == 1 for unit in units) and not any(
-        matrix.transposed or (matrix.stride == 1 and matrix.first % 2) for matrix in matrices
-    )
+    # Rows may share a byte or a scale; experts that stay together are placed one by one in memory.
+    by_rows = all(len(unit.matrices) == 1 and _whole_groups(unit) for unit in units if unit.matrices)
     if matrices[0].expert is None:
         return "rows" if by_rows else "whole"
     return "experts' rows" if by_rows else "experts"
+
+
+def rows_together(units: Iterable[Unit]) -> int:
+    """Rows of a source tensor that pieces keep together, as the formats of what is made of it need."""
+    return lcm(
+        ROWS, *(matrix.stride * _together(unit) for unit in units for matrix in unit.matrices.values())
+    )
+
+
+def _whole_groups(unit: Unit) -> bool:
+    """Whether rows that are packed together are so in pieces that `rows_together` lets begin."""
+    (matrix,) = unit.matrices.values()
+    return not matrix.transposed and (matrix.stride > 1 or matrix.first % _together(unit) == 0)
+
+
+def _together(unit: Unit) -> int:
+    return unit.format.rows_together if unit.format is not None else 1
 
 
 class TensorMaker:
@@ -188,7 +204,7 @@ class TensorMaker:
         weight = stored_weight.contiguous().to(given.rescaling.dtype)
         largest = largest_magnitude(weight.reshape(-1)).item()
         recorded = given.weight_amax[module].item()
-        if not math.isfinite(largest):
+        if not isfinite(largest):
             raise InputError(f"{name} holds values that are not finite; repair the source checkpoint")
         if largest > recorded:
             raise InputError(

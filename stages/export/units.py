@@ -130,7 +130,8 @@ def check_engine_rules(
     """Refuse what serving engines refuse.
 
     Raises InputError where a group that engines run as one matrix (q/k/v, gate/up) is not quantized in one
-    format as a whole, and where an unquantized lm_head is not on the list of modules to leave alone.
+    format as a whole, and where an unquantized lm_head is not on the list of modules to leave alone. Mixed
+    checkpoints have no such list, but one of what is quantized.
     """
     for group in engine_fused:
         formats = {
@@ -146,7 +147,10 @@ def check_engine_rules(
                 f"recipe {quantizers.recipe.name!r} treats members of one fused group differently ({shown}); "
                 "engines load such a group as one matrix: quantize all of it in one format, or none"
             )
-    ignored = quantizers.hf_quant_config.get("quantization", {}).get("exclude_modules", [])
+    quantization = quantizers.hf_quant_config.get("quantization", {})
+    if "quantized_layers" in quantization:
+        return
+    ignored = quantization.get("exclude_modules", [])
     for name in tensors:
         module = name.removesuffix(".weight")
         if module.rpartition(".")[2] != "lm_head" or name == module or module in quantizers.weights:

@@ -23,6 +23,22 @@ def round_e2m1(x: Tensor) -> Tensor:
     return limited.add_(powers).sub_(powers).copysign_(x)
 
 
+def round_e2m1_down(x: Tensor) -> Tensor:
+    """As `round_e2m1`, but ties go to the smaller magnitude, and zero is negative: modelopt's MXFP4."""
+    magnitude = x.abs().clamp_(max=E2M1_MAX)
+    spacing = 0.5 + 0.5 * (magnitude > 2) + (magnitude > 4)
+    magnitude.div_(spacing).sub_(0.5).ceil_().abs_().mul_(spacing)
+    return torch.where(x > 0, magnitude, -magnitude)
+
+
+def power_of_two(amax: Tensor, bound: float) -> Tensor:
+    """The smallest power of two under which `amax` is no more than `bound`, as a scale of one byte:
+    float8_e8m0fnu, of amax' shape; 2^-127 for zeros (modelopt's `MXFP8QTensor._compute_e8m0_exponent`).
+    """
+    exponents = (amax.float() / bound).log2().ceil().clamp(-127, 127)
+    return (exponents + 127).to(torch.uint8).view(torch.float8_e8m0fnu)
+
+
 def round_int4(x: Tensor) -> Tensor:
     """The nearest of -8 .. 7."""
     return x.round().clamp_(-8, 7)

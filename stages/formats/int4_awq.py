@@ -32,6 +32,10 @@ class Int4Awq(WeightFormat):
             StoredTensor("weight_scale", "F32", (rows, columns // self.block_size)),
         ]
 
+    @property
+    def rows_together(self) -> int:
+        return 2
+
     def refuse(self, name: str, shape: tuple[int, ...]) -> None:
         super().refuse(name, shape)
         if shape[0] % 2:

@@ -1,19 +1,20 @@
 """NVFP4: e2m1 values in blocks of 16, an e4m3 scale per block and an f32 scale per tensor."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Self
 
 import torch
 from torch import Tensor
 
 from stages.formats.grids import E2M1_MAX, E4M3_MAX, decode_e2m1, encode_e2m1, round_e2m1
+from stages.formats.nvfp4_search import E4M3_MIN, FOUR_OVER_SIX_MAX, LARGEST, SMALLEST, four_over_six, sweep
 from stages.formats.packing import block_amax as amax_of_blocks
 from stages.formats.packing import pack_e2m1
 from stages.formats.quantized import constants, step
 from stages.formats.weight_format import StoredTensor, WeightFormat, tensor_amax
+from stages.settings import ScaleChoice
 
-# modelopt keeps block scales between e4m3's smallest subnormal and its largest value: neither 0 nor NaN.
-E4M3_MIN = 2.0**-9
 # The smallest and the largest power of two that is an e4m3 value.
 E4M3_POWERS = (E4M3_MIN, 2.0**8)
 MXFP4_GROUP = 32
@@ -21,15 +22,18 @@ MXFP4_GROUP = 32
 # +4 to +6 the largest weight lies near 4 instead of 6 ("four over six", arXiv 2512.02010): nothing then falls
 # into the grid's widest gap.
 CODE_OFFSETS = (-3, -2, -1, 0, 1, 2, 3, 4, 5, 6)
-# The largest e4m3 code is 126 (448): 127 is NaN, 0 is zero.
-CODES = (1, 126)
+CODES = (SMALLEST, LARGEST)
 
 
 @dataclass(frozen=True)
 class Nvfp4(WeightFormat):
-    """W = e2m1(nibble) * weight_scale * weight_scale_2; two values a byte, the even column low."""
+    """W = e2m1(nibble) * weight_scale * weight_scale_2; two values a byte, the even column low.
+
+    scales: how block scales are chosen where no solver does.
+    """
 
     block_size: int = 16
+    scales: ScaleChoice = "max"
 
     name = "nvfp4"
     grain = "block"
@@ -73,8 +77,12 @@ class Nvfp4(WeightFormat):
         amax = tensor_amax(weights) if amax is None else amax.float()
         return self.tensor_scale(amax).masked_fill_(~(amax > 0), 1.0)
 
+    def with_scales(self, scales: ScaleChoice) -> Self | None:
+        return replace(self, scales=scales)
+
     def tensor_scale(self, amax: Tensor) -> Tensor:
-        return amax / (E2M1_MAX * E4M3_MAX)
+        largest = FOUR_OVER_SIX_MAX if self.scales == "four_over_six" else E4M3_MAX
+        return amax / (E2M1_MAX * largest)
 
     def scales_from_amax(self, amax: Tensor, tensor_scale: Tensor | None) -> Tensor:
         assert tensor_scale is not None
@@ -150,9 +158,13 @@ class Nvfp4(WeightFormat):
         self, weight: Tensor, tensor_scale: Tensor | None, block_amax: Tensor | None = None
     ) -> Tensor | None:
         """float8_e4m3fn `[N, K/16]`."""
-        if block_amax is None:
-            block_amax = amax_of_blocks(weight, self.block_size)
-        return self.scales_from_amax(block_amax, tensor_scale)
+        assert tensor_scale is not None
+        if block_amax is not None:
+            return self.scales_from_amax(block_amax, tensor_scale)
+        own = amax_of_blocks(weight, self.block_size)
+        if self.scales == "max":
+            return self.scales_from_amax(own, tensor_scale)
+        return (sweep if self.scales == "mse" else four_over_six)(weight, own, tensor_scale)
 
     def pack(self, weight: Tensor, tensor_scale: Tensor | None, block_scale: Tensor | None) -> Tensor:
         """uint8 `[N, K/2]`."""

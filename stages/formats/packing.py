@@ -59,13 +59,42 @@ def block_amax(weight: Tensor, block: int) -> Tensor:
     return largest.view(rows, columns // block).float()
 
 
-def pack_e2m1(weight: Tensor, steps: Tensor) -> Tensor:
+def e2m1_codes(quotients: Tensor, code: Tensor, term: Tensor) -> Tensor:
+    """The code of each quotient, int8 `[..., n]`; overwrites all three, of one shape.
+
+    Ties go to the even code, -0 to +0. Up to 2 the code counts halves, up to 4 ones, up to 6 twos. Each of
+    the three is rounded for itself: a sum of unrounded parts would lose the last bits, and with them who is a
+    tie.
+    """
+    negative = torch.sign(quotients, out=term).to(torch.int8).bitwise_and_(SIGN)
+    quotients.abs_()
+    torch.mul(quotients, 0.5, out=code).round_().clamp_(2, 3)
+    code += torch.round(quotients, out=term).clamp_(2, 4)
+    code += quotients.mul_(2).round_().clamp_(max=4)
+    return code.sub_(4).to(torch.int8).bitwise_or_(negative)
+
+
+def e2m1_codes_down(quotients: Tensor, code: Tensor, term: Tensor) -> Tensor:
+    """As `e2m1_codes`, but ties go to the smaller code, and zero to -0: modelopt's MXFP4."""
+    negative = (quotients <= 0).to(torch.int8).mul_(SIGN)
+    quotients.abs_()
+    torch.mul(quotients, 0.5, out=code).sub_(0.5).ceil_().clamp_(2, 3)
+    code += torch.sub(quotients, 0.5, out=term).ceil_().clamp_(2, 4)
+    code += quotients.mul_(2).sub_(0.5).ceil_().clamp_(max=4)
+    return code.sub_(4).to(torch.int8).bitwise_or_(negative)
+
+
+Codes = Callable[[Tensor, Tensor, Tensor], Tensor]
+
+
+def pack_e2m1(weight: Tensor, steps: Tensor, codes: Codes = e2m1_codes) -> Tensor:
     """Codes of e2m1, two a byte, the even column low: `[..., K]` → uint8 `[..., K / 2]`.
 
     Args:
         steps: what one unit of the grid is worth in each block of a row, f32 `[..., blocks]`.
-    Ties go to the even code, what lies beyond the grid to its end, -0 to +0. What is no number, 0 / 0, gets
-    the largest code, as modelopt has it.
+        codes: rounds quotients, float32, and may overwrite them and two more tensors of their shape.
+    What lies beyond the grid goes to its end. What is no number, 0 / 0, gets the largest code, as modelopt
+    has it.
     """
     columns = weight.shape[-1]
     block = columns // steps.shape[-1]
@@ -80,22 +109,8 @@ def pack_e2m1(weight: Tensor, steps: Tensor) -> Tensor:
         quotients.copy_(blocks[part]).div_(steps[part])
         if undefined:
             quotients.nan_to_num_(nan=torch.inf)
-        packed[part] = _in_pairs(_e2m1_codes(quotients, code, term))
+        packed[part] = _in_pairs(codes(quotients, code, term))
     return packed.view(*weight.shape[:-1], columns // 2)
-
-
-def _e2m1_codes(quotients: Tensor, code: Tensor, term: Tensor) -> Tensor:
-    """The code of each quotient, int8 `[..., n]`; overwrites all three, of one shape.
-
-    Up to 2 the code counts halves, up to 4 ones, up to 6 twos. Each of the three is rounded for itself: a sum
-    of unrounded parts would lose the last bits, and with them who is a tie.
-    """
-    negative = torch.sign(quotients, out=term).to(torch.int8).bitwise_and_(SIGN)
-    quotients.abs_()
-    torch.mul(quotients, 0.5, out=code).round_().clamp_(2, 3)
-    code += torch.round(quotients, out=term).clamp_(2, 4)
-    code += quotients.mul_(2).round_().clamp_(max=4)
-    return code.sub_(4).to(torch.int8).bitwise_or_(negative)
 
 
 def _in_pairs(codes: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ from stages.formats.weight_format import WeightFormat
 class Quantized:
     """A weight in its format: `values` f32 on the grid `[..., N, K]` and the scales it is stored with.
 
-    scale: `[..., N, blocks]`, a row's `[..., N, 1]`, a tensor's `[..., 1, 1]`; e4m3 for NVFP4, else f32.
+    scale: `[..., N, blocks]`, a row's `[..., N, 1]`, a tensor's `[..., 1, 1]`; in the format's `scale_dtype`.
     tensor_scale: NVFP4's f32 `[..., 1, 1]`, None for formats whose scales stand alone.
     """
 
@@ -76,7 +76,7 @@ def constants(values: tuple[float, ...], device: torch.device) -> Tensor:
 
 def step(scale: Tensor, tensor_scale: Tensor | None) -> Tensor:
     """What one unit of the grid is worth: f32, shaped as `scale`."""
-    return scale if tensor_scale is None else scale.float() * tensor_scale
+    return scale.float() if tensor_scale is None else scale.float() * tensor_scale
 
 
 def quantize(format: WeightFormat, weights: Tensor, scale: Tensor, tensor_scale: Tensor | None) -> Quantized:

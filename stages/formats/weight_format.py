@@ -17,6 +17,7 @@ from typing import ClassVar, Literal, NamedTuple, Self
 import torch
 from torch import Tensor
 
+from stages.settings import ScaleChoice
 from state.errors import InputError
 
 CLIP_RATIOS = (0.75, 0.8, 0.85, 0.9, 0.95, 1.0)
@@ -49,7 +50,9 @@ class WeightFormat(ABC):
             parameter; none.
         candidates_count: the scales that `candidates` gives for one block.
         solvers: the solvers that can search a weight of this format.
+        inputs: their scales are stored, or found by engines as they run; or inputs stay as they are.
         weight_axis: the axis along which modelopt's weight quantizer must have its scales; None: any.
+        square: blocks span as many rows as columns.
         holds_together: whether a checkpoint may hold all experts of a layer in one tensor of this format, as
             modelopt's exporter does.
         engines: those that are known to load a checkpoint with such weights.
@@ -67,13 +70,24 @@ class WeightFormat(ABC):
     shared_over: ClassVar[Literal["engine groups", "fused experts"] | None] = None
     candidates_count: ClassVar[int] = len(CLIP_RATIOS)
     solvers: ClassVar[frozenset[str]] = frozenset()
+    inputs: ClassVar[Literal["stored", "found", "plain"]] = "stored"
     weight_axis: ClassVar[int | None] = None
+    square: ClassVar[bool] = False
     holds_together: ClassVar[bool] = False
     engines: ClassVar[tuple[str, ...]] = ()
 
     def with_blocks(self, block_size: int) -> Self:
         """The same format with blocks of another size."""
         return replace(self, block_size=block_size)
+
+    def with_scales(self, scales: ScaleChoice) -> Self | None:
+        """The same format with block scales chosen in another way; None where there is only one way."""
+        return None
+
+    @property
+    def rows_together(self) -> int:
+        """Rows that are packed together, since they share bytes or scales."""
+        return self.block_size if self.square else 1
 
     @property
     def described(self) -> str:

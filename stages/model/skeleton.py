@@ -79,7 +79,7 @@ class Skeleton:
         self.model = build_meta_model(plain, trust_remote_code)
         self.config = self.model.config
         self.parameter_of = map_tensors(self.model, tensors)
-        self._tensors = tensors
+        self.tensors = tensors
         self._trust_remote_code = trust_remote_code
 
     def build_again(self) -> PreTrainedModel:
@@ -126,7 +126,7 @@ class Skeleton:
                 sources = self._sources(f"{name}.weight")
                 found += linears_of(
                     LinearModule(self.hub_name(name), name, module.weight.shape[1], module.weight.shape[0]),
-                    [self._tensors[tensor] for tensor in sources],
+                    [self.tensors[tensor] for tensor in sources],
                     operations(self.model, sources) if len(sources) > 1 else (),
                 )
         return found
@@ -156,7 +156,7 @@ class Skeleton:
 
     def holds(self, tensor: str) -> bool:
         """Whether the checkpoint has a tensor of this name."""
-        return tensor in self._tensors
+        return tensor in self.tensors
 
     @cached_property
     def embeddings(self) -> set[str]:
@@ -207,7 +207,7 @@ class Skeleton:
                     leaves,
                     experts.arranged,
                     getattr(module, parameter).shape,
-                    [self._tensors[name] for name in sources],
+                    [self.tensors[name] for name in sources],
                     operations(self.model, sources),
                 )
         return found

@@ -39,6 +39,8 @@ def with_all_excluded(
         quantization["quantized_layers"] = {name: layers[name] for name in layers if name not in left_out}
     if "exclude_modules" in quantization and quantized:
         modules = _unquantized(tensors, set(quantized.values()), embeddings, experts)
+        # modelopt lists embeddings itself, but for those that the recipe quantizes.
+        modules += [name for name in left_out if f"{name}.weight" in embeddings]
         listed = list(quantization["exclude_modules"])
         for module in modules:
             if not any(fnmatchcase(module, pattern) for pattern in listed):

@@ -1,5 +1,7 @@
 """What can't be served of experts that lie in one tensor, in words for people."""
 
+from collections.abc import Sequence
+
 from stages.formats import TABLE
 from stages.model.modules import ExpertsModule
 from state.errors import InputError
@@ -20,6 +22,14 @@ def with_biases_apart(experts: ExpertsModule, recipe: str) -> InputError:
     return InputError(
         f"recipe {recipe!r} quantizes {experts.hub}, whose experts have biases and are stored fused in one "
         f"tensor, and modelopt would write them one by one; that is not supported yet: choose {ALONE}"
+    )
+
+
+def in_several_formats(experts: ExpertsModule, recipe: str, formats: Sequence[str]) -> InputError:
+    """modelopt's configuration has one entry for all of a layer's experts."""
+    return InputError(
+        f"recipe {recipe!r} quantizes the projections of {experts.hub} to {' and '.join(sorted(formats))}, "
+        f"and modelopt's configuration names one format for them: choose a recipe that does so, or {ALONE}"
     )
 
 

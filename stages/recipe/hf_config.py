@@ -37,11 +37,11 @@ def config_files(folder: Path, hf_quant_config: dict[str, Any], dtype: str | Non
 def with_pre_quant_scale(hf_quant_config: dict[str, Any], separate: bool) -> dict[str, Any]:
     """modelopt's quantization config, saying whether AWQ's scales are tensors of the checkpoint or folded.
 
-    NVFP4 is named NVFP4_AWQ where they are separate; INT4 formats have a field for it.
+    NVFP4 is named NVFP4_AWQ where they are separate, for weights alone too; INT4 formats have a field for it.
     """
 
     def stated(entry: dict[str, Any]) -> dict[str, Any]:
-        if separate and entry.get("quant_algo") == "NVFP4":
+        if separate and entry.get("quant_algo") in ("NVFP4", "W4A16_NVFP4"):
             return entry | {"quant_algo": "NVFP4_AWQ", "has_zero_point": False, "pre_quant_scale": True}
         return entry | {"pre_quant_scale": separate} if "pre_quant_scale" in entry else entry
 

@@ -7,7 +7,9 @@ from typing import Any, Literal
 from stages.formats import WeightFormat
 from stages.recipe.recipes import Recipe
 
-KvFormat = Literal["fp8", "fp8_cast"]
+KvFormat = Literal["fp8", "fp8_cast", "nvfp4", "nvfp4_cast"]
+CASTS: frozenset[KvFormat] = frozenset({"fp8_cast", "nvfp4_cast"})
+"""Caches whose scale the recipe fixes at one."""
 
 
 MOST_TOLD = 3
@@ -32,7 +34,7 @@ class QuantizerPlan:
 
     weights: linear or expert projection → its format. inputs: the same modules where the input is quantized
     too → the name of modelopt's quantizer. constant_inputs: those whose amax the recipe fixes. kv: attention
-    module → KV cache format (`fp8_cast`: the recipe fixes the scale at one). fused_experts: expert
+    module → KV cache format. fused_experts: expert
     projections that share one quantizer per layer. together: those that the checkpoint goes on holding in one
     tensor → its name. merged: linears that are one in the model class, with one quantizer → its name there.
     hf_quant_config: what modelopt writes to `hf_quant_config.json`, names mapped to the hub's. left_out:

@@ -1,25 +1,33 @@
 """The quantizer plan: which weights, inputs and caches a recipe quantizes, and in which format.
 
 modelopt decides. Its quantizers are placed on a meta-device model (no weights, a fraction of a second), then
-read off into plain data in hub names. This is the only module that reads modelopt's quantizer attributes;
-checked against modelopt 0.47.
+read off into plain data in hub names. Only this module and weight_formats.py read modelopt's quantizer
+attributes; checked against modelopt 0.47.
 """
 
 import contextlib
 import io
+import re
 import warnings
 from typing import Any
 
 from torch import nn
 
-from stages.formats import TABLE, WeightFormat
+from stages.formats import WeightFormat
 from stages.model.engine_fused import fused_with
 from stages.model.modules import ExpertsModule
 from stages.model.skeleton import Skeleton
-from stages.recipe.fused_refused import with_biases_apart, without_layout, without_quantizers
+from stages.recipe.fused_refused import (
+    in_several_formats,
+    with_biases_apart,
+    without_layout,
+    without_quantizers,
+)
 from stages.recipe.hub_config import in_hub_names
 from stages.recipe.quantizer_plan import KvFormat, QuantizerPlan
 from stages.recipe.recipes import ALGORITHMS, Recipe
+from stages.recipe.scale_choice import scales_of
+from stages.recipe.weight_formats import in_sequence, takes_inputs, weight_format_of
 from state.errors import InputError
 from state.reasons import reason
 
@@ -28,8 +36,8 @@ def plan_quantizers(skeleton: Skeleton, recipe: Recipe) -> QuantizerPlan:
     """Place the recipe's quantizers on a fresh meta-device model and read the plan off.
 
     Raises InputError when the recipe needs what this version can't serve: another algorithm than those in
-    ALGORITHMS, a weight format that is not in the table of formats, or quantizers for which no statistic is
-    kept.
+    ALGORITHMS, another search of scales than `scales_of` knows, a weight format that is not in the table of
+    formats, or quantizers for which no statistic is kept.
     """
     from modelopt.torch.export.quant_utils import get_quant_config
 
@@ -38,6 +46,7 @@ def plan_quantizers(skeleton: Skeleton, recipe: Recipe) -> QuantizerPlan:
             f"recipe {recipe.name!r} asks for the algorithm {recipe.algorithm!r}, "
             f"which is not supported yet; supported: {', '.join(ALGORITHMS)}"
         )
+    scales_of(recipe)
     model = skeleton.build_again()
     _insert(model, recipe)
     reader = _PlanReader(skeleton, recipe)
@@ -59,6 +68,16 @@ def plan_quantizers(skeleton: Skeleton, recipe: Recipe) -> QuantizerPlan:
         hf_quant_config=in_hub_names(get_quant_config(model), skeleton),
         left_out=reader.left_out,
     )
+
+
+def quantizer_names(skeleton: Skeleton) -> list[str]:
+    """The quantizers that modelopt can place on a model, by the names that its rules match."""
+    from modelopt.torch.quantization.nn import TensorQuantizer
+
+    model = skeleton.build_again()
+    _insert(model, Recipe("", [{"quantizer_name": "*", "enable": False}], "max", {}))
+    placed = [name for name, module in model.named_modules() if isinstance(module, TensorQuantizer)]
+    return list(dict.fromkeys(re.sub(r"_quantizers\.\d+$", "_quantizer", name) for name in placed))
 
 
 def _insert(model: nn.Module, recipe: Recipe) -> None:
@@ -112,12 +131,13 @@ class _PlanReader:
         weight_quantizer = getattr(module, "weight_quantizer", None)
         if weight_quantizer is None or not weight_quantizer.is_enabled:
             return
-        self._weight(hubs, f"{memory}.weight_quantizer", module, weight_quantizer)
+        self._weight(hubs, f"{memory}.weight_quantizer", weight_quantizer, module.input_quantizer)
         self._input(hubs, f"{memory}.input_quantizer", module.input_quantizer)
         if len(hubs) > 1:
             self.merged.update(dict.fromkeys(hubs, memory))
 
     def _read_experts(self, experts: ExpertsModule, module: nn.Module) -> None:
+        formats: set[WeightFormat] = set()
         for parameter, leaves in ((experts.up_parameter, experts.up), ("down_proj", (experts.down,))):
             hubs = [f"{experts.hub}.{number}.{leaf}" for number in range(experts.count) for leaf in leaves]
             name = f"{parameter}_weight_quantizer"
@@ -137,59 +157,50 @@ class _PlanReader:
                 for number in range(experts.count):
                     self.served.add(f"{prefix}.{number}")
                     self.served.update(f"{prefix}.{number}.{step}" for step in range(2))
-            self._weight(hubs, f"{experts.memory}.{name}", module, quantizer)
+            inputs = getattr(module, f"{parameter}_input_quantizer")
+            self._weight(hubs, f"{experts.memory}.{name}", quantizer, inputs)
+            formats.add(self.weights[hubs[0]])
             if together and not self.weights[hubs[0]].holds_together:
                 raise without_layout(experts, self.recipe.name, self.weights[hubs[0]].name)
-            name = f"{parameter}_input_quantizer"
-            self._input(hubs, f"{experts.memory}.{name}", getattr(module, name))
+            self._input(hubs, f"{experts.memory}.{parameter}_input_quantizer", inputs)
             self.fused.update(hubs)
+        if len(formats) > 1:
+            raise in_several_formats(experts, self.recipe.name, [one.described for one in formats])
 
     def _read_attention(self, memory: str, module: nn.Module) -> None:
         quantizers = {part: getattr(module, f"{part}_bmm_quantizer") for part in ("k", "v")}
         if not any(quantizer.is_enabled for quantizer in quantizers.values()):
             return
-        formats = {
-            (q.num_bits, q.axis, bool(q.block_sizes), bool(q._use_constant_amax)) for q in quantizers.values()
-        }
-        if len(formats) != 1 or not all(_per_tensor_fp8(quantizer) for quantizer in quantizers.values()):
+        formats = {_cache_format(quantizer) for quantizer in quantizers.values()}
+        if len(formats) != 1 or (cache := formats.pop()) is None:
             return
-        hub = self.skeleton.hub_name(memory)
-        self.kv[hub] = "fp8_cast" if quantizers["k"]._use_constant_amax else "fp8"
+        self.kv[self.skeleton.hub_name(memory)] = cache
         self.served.update(f"{memory}.{part}_bmm_quantizer" for part in quantizers)
 
-    def _weight(self, hubs: list[str], name: str, module: nn.Module, quantizer: Any) -> None:
-        from modelopt.torch.export.quant_utils import get_quantization_format
-
-        steps = _in_sequence(quantizer)
-        try:
-            stored = get_quantization_format(module)
-        except NotImplementedError:  # modelopt can fake-quantize it, but has no checkpoint format for it
-            stored = f"num_bits={steps[0].num_bits}"
-        weight_format = TABLE.get(stored)
-        if weight_format is not None and weight_format.weight_axis not in (None, steps[0].axis):
-            stored, weight_format = f"{stored} with axis={steps[0].axis}", None
-        if weight_format is None:
-            raise InputError(
-                f"recipe {self.recipe.name!r} quantizes {hubs[0]} to {stored!r} ({name}), "
-                f"which is not supported yet; supported: {', '.join(TABLE)}"
-            )
+    def _weight(self, hubs: list[str], name: str, quantizer: Any, inputs: Any) -> None:
+        steps = in_sequence(quantizer)
+        weight_format = weight_format_of(hubs[0], name, quantizer, inputs, self.recipe)
         if all(map(_plain, steps)):
             self.served.add(name)
             self.served.update(f"{name}.{number}" for number in range(len(steps)))
-        block = (steps[0].block_sizes or {}).get(-1, 0)
-        self.weights.update(dict.fromkeys(hubs, weight_format.with_blocks(block)))
+        self.weights.update(dict.fromkeys(hubs, weight_format))
 
     def _input(self, hubs: list[str], name: str, quantizer: Any) -> None:
         if not quantizer.is_enabled or not _plain(quantizer):
             return
+        if not takes_inputs(self.weights[hubs[0]], quantizer):
+            return
         self.served.add(name)
+        if self.weights[hubs[0]].inputs == "found":
+            return
         self.inputs.update(dict.fromkeys(hubs, name))
         if quantizer._constant_amax is not None:
             self.constants.update(dict.fromkeys(hubs, float(quantizer._constant_amax)))
 
     def leave_out_ignored(self, model: nn.Module) -> None:
         """Pass over quantizers of modules that multiply with no matrix, such as norms and convolutions:
-        modelopt places them, and its exporter writes nothing of them.
+        modelopt places them, and its exporter writes nothing of them. Embeddings it would write; engines read
+        those as they are.
         """
         known = self.linear_names.keys() | self.expert_modules.keys()
         for name in sorted(self.enabled.keys() - self.served):
@@ -199,7 +210,11 @@ class _PlanReader:
             if memory not in known and own is not None and not isinstance(owner, nn.Linear):
                 kind = type(owner).__name__.removeprefix("Quant")
                 self.served.add(name)
-                hub = f"{self.skeleton.hub_name(memory)}.{name.rpartition('.')[2]}"
+                hub = self.skeleton.hub_name(memory)
+                if isinstance(owner, nn.Embedding):
+                    self.left_out[hub] = "embeddings stay as they are"
+                    continue
+                hub = f"{hub}.{name.rpartition('.')[2]}"
                 self.left_out[hub] = f"modelopt's exporter writes nothing of a {kind}'s quantizers"
 
     def leave_out_towers(self) -> None:
@@ -248,8 +263,14 @@ class _PlanReader:
             shown = ", ".join(unserved[:5]) + (f" and {len(unserved) - 5} more" if len(unserved) > 5 else "")
             raise InputError(
                 f"recipe {self.recipe.name!r} enables quantizers that no kept statistic serves: {shown}; "
-                "supported: weights and inputs of linears and experts by max, FP8 K and V caches per tensor, "
+                "supported: weights and inputs of linears and experts by max, FP8 and NVFP4 K and V caches, "
                 "without bias or rotation"
+            )
+        caches = sorted({cache.partition("_")[0] for cache in self.kv.values()})
+        if len(caches) > 1:
+            raise InputError(
+                f"recipe {self.recipe.name!r} puts KV caches into {' and '.join(caches)}; a checkpoint can "
+                "name one format for all: choose a recipe that does so"
             )
 
 
@@ -258,23 +279,20 @@ def _asks_for_kv(rule: dict[str, Any]) -> bool:
     return "bmm_quantizer" in names and rule.get("cfg") is not None and rule.get("enable") is not False
 
 
-def _in_sequence(quantizer: Any) -> list[Any]:
-    """The quantizers that follow one another in modelopt's SequentialQuantizer; a plain one alone."""
-    from modelopt.torch.quantization.nn import SequentialQuantizer
-
-    return list(quantizer) if isinstance(quantizer, SequentialQuantizer) else [quantizer]
-
-
 def _plain(quantizer: Any) -> bool:
     """True for a quantizer calibrated by max alone: no bias, no rotation."""
     return not quantizer.bias and not quantizer.rotate_is_enabled
 
 
-def _per_tensor_fp8(quantizer: Any) -> bool:
-    return (
-        quantizer.is_enabled
-        and quantizer.num_bits == (4, 3)
-        and quantizer.axis is None
-        and not quantizer.block_sizes
-        and _plain(quantizer)
-    )
+def _cache_format(quantizer: Any) -> KvFormat | None:
+    """What K or V is cached in; None for what no kept statistic serves."""
+    if not quantizer.is_enabled or quantizer.axis is not None or not _plain(quantizer):
+        return None
+    if quantizer._constant_amax is not None:
+        return None
+    fixed = bool(quantizer._use_constant_amax)
+    if quantizer.num_bits == (4, 3) and not quantizer.block_sizes and not quantizer._dynamic:
+        return "fp8_cast" if fixed else "fp8"
+    if quantizer.is_nvfp4_dynamic and quantizer.block_sizes[-1] == 16:
+        return "nvfp4_cast" if fixed else "nvfp4"
+    return None

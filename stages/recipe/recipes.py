@@ -18,7 +18,17 @@ from state.identity import digest_json
 PRESETS = "configs/ptq/presets/model"
 """Where modelopt's library of recipes has its presets."""
 
-ALGORITHMS = ("max", "awq_lite", "awq_clip", "awq_full", "gptq", "local_hessian", "smoothquant", "tune")
+ALGORITHMS = (
+    "max",
+    "mse",
+    "awq_lite",
+    "awq_clip",
+    "awq_full",
+    "gptq",
+    "local_hessian",
+    "smoothquant",
+    "tune",
+)
 """Those that are served."""
 
 TUNED = {"nvfp4_tuned": "nvfp4", "w4a16_nvfp4_tuned": "w4a16_nvfp4"}
@@ -76,10 +86,13 @@ def resolve(name: str) -> Recipe:
 
 
 def shipped() -> list[str]:
-    """Names of every recipe modelopt ships: presets first, then whole recipe files."""
+    """Names of every recipe modelopt ships: presets first, then whole recipe files, general ones first. Files
+    that only others draw on are left out.
+    """
     root = _library()
-    files = [str(path.relative_to(root).with_suffix("")) for path in sorted(root.glob("general/ptq/*.yaml"))]
-    return [*presets(), *files]
+    files = [path for path in root.rglob("*.yaml") if path.relative_to(root).parts[0] != "configs"]
+    whole = [path for path in files if re.search(r"^  recipe_type:", path.read_text(), re.MULTILINE)]
+    return [*presets(), *sorted(str(path.relative_to(root).with_suffix("")) for path in whole)]
 
 
 def presets() -> list[str]:
@@ -116,11 +129,12 @@ def _load_preset(name: str) -> dict[str, Any]:
 def _load_file(name: str) -> dict[str, Any]:
     from modelopt.recipe import load_recipe
     from modelopt.recipe.config import ModelOptPTQRecipe
+    from yaml import YAMLError  # type: ignore[import-untyped]
 
     try:
         with contextlib.redirect_stdout(io.StringIO()):  # load_recipe prints where it reads from
             recipe = load_recipe(name)
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, YAMLError) as error:
         if "not a valid YAML file or directory" in str(error):
             raise InputError(_unknown(name)) from error
         raise InputError(f"recipe {name!r} can't be read: {error}") from error
@@ -168,7 +182,8 @@ def _near(name: str, known: list[str]) -> list[str]:
     wanted = _words(name)
     spelled = {other: _words(other) for other in known}
     if same := [other for other, words in spelled.items() if words == wanted]:
-        return same[:NAMED]
+        alike = [other for other in same if ("/" in other) == ("/" in name)]
+        return (alike or same)[:NAMED]
     if wanted and (holding := [other for other, words in spelled.items() if set(wanted) <= set(words)]):
         return holding[:NAMED]
     joined: dict[str, str] = {}
@@ -189,8 +204,7 @@ def _probably_refused(name: str) -> bool:
     enough to sort by. For certain, only its quantizers on a model can tell.
     """
     families = {weight_format.partition("_")[0] for weight_format in TABLE}
-    words = _words(name)
-    if not families & set(words) or any(word.startswith("mx") for word in words):
+    if not families & set(_words(name)):
         return True
     try:
         return resolve(name).algorithm not in ALGORITHMS

@@ -76,17 +76,17 @@ class Solver:
 
 
 def solver_of(quantizers: QuantizerPlan) -> Solver | None:
-    """The solver of a plan's recipe; None where `max` is all it asks for.
+    """The solver of a plan's recipe; None where it asks for scales alone (`max`, `mse`).
 
     Raises InputError for an option, weight format or block size that the solver does not have.
     """
     recipe = quantizers.recipe
-    if recipe.algorithm == "max":
+    if recipe.algorithm in ("max", "mse"):
         return None
     if recipe.algorithm not in get_args(Method):
         raise InputError(
             f"recipe {recipe.name!r} asks for the algorithm {recipe.algorithm!r}; "
-            f"supported: max, {', '.join(get_args(Method))}"
+            f"supported: max, mse, {', '.join(get_args(Method))}"
         )
     method = cast(Method, recipe.algorithm)
     options = dict(recipe.algorithm_options)

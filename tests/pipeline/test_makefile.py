@@ -94,6 +94,7 @@ def test_nothing_given_is_the_demo(typed: Callable[..., list[str]]) -> None:
     assert typed("export", "RECIPE=fp8") == ["export", "runs/demo", "exports/demo-fp8", "--recipe", "fp8"]
     for command in ("status", "check", "repair"):
         assert typed(command) == [command, "runs/demo"]
+    assert typed("recipes") == ["recipes"]
 
 
 def test_variables_reach_the_command_line(typed: Callable[..., list[str]]) -> None:
@@ -105,6 +106,7 @@ def test_variables_reach_the_command_line(typed: Callable[..., list[str]]) -> No
         "--recipe", "fp8", "--split", "a", "--column", "b c",
     ]  # fmt: skip
     assert typed("export", "RUN=r", "OUT=o", "MODEL=m") == ["export", "r", "o", "--model", "m"]
+    assert typed("recipes", "MODEL=m", "ARGS=--json") == ["recipes", "--model", "m", "--json"]
 
 
 AWKWARD = (

@@ -127,8 +127,9 @@ class TestDifferencesOfChoice:
         assert found.keys() == {"model.norm.weight"}
         assert [value.split("[")[0] for value in found["model.norm.weight"] if value] == ["F32", "BF16"]
 
-    def test_cast_recipes_get_unit_cache_scales(self, scratch: Path, text: Path) -> None:
-        ours, theirs = self.both(scratch, text, "general/ptq/nvfp4_default-kv_fp8_cast")
+    @pytest.mark.parametrize("cache", ["fp8", "nvfp4"])
+    def test_cast_recipes_get_unit_cache_scales(self, scratch: Path, text: Path, cache: str) -> None:
+        ours, theirs = self.both(scratch, text, f"general/ptq/nvfp4_default-kv_{cache}_cast")
         names = [
             f"model.layers.{n}.self_attn.{part}"
             for n in (0, 1)

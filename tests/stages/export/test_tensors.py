@@ -14,7 +14,7 @@ from stages.export.rescale import Rescaling
 from stages.export.shards import TensorSpec
 from stages.export.tensors import Ingredients, TensorMaker, all_work
 from stages.export.units import Shard, Unit
-from stages.formats import FP8, INT4_AWQ, INT8_SQ, NVFP4, WeightFormat
+from stages.formats import FP8, FP8_PB_WO, FP8_PC_PT, INT4_AWQ, INT8_SQ, MXFP4, MXFP8, NVFP4, WeightFormat
 from stages.model.matrices import StoredMatrix
 from stages.model.raw import raw_bytes
 from state.errors import IdentityMismatch, InputError
@@ -180,7 +180,11 @@ class TestExpertsThatStayTogether:
 class TestSeveralMatricesInOneTensor:
     """Two experts of gate and up, `[experts, rows, 128]`, one behind the other or in turns."""
 
-    @pytest.mark.parametrize("weight_format", [NVFP4, FP8, INT4_AWQ, INT8_SQ], ids=lambda one: one.name)
+    @pytest.mark.parametrize(
+        "weight_format",
+        [NVFP4, FP8, INT4_AWQ, INT8_SQ, MXFP4, MXFP8, FP8_PC_PT, FP8_PB_WO.with_blocks(4)],
+        ids=lambda one: one.name,
+    )
     @pytest.mark.parametrize("in_turns", [False, True])
     def test_pieces_make_what_the_whole_makes(
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, weight_format: WeightFormat, in_turns: bool

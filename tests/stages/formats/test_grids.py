@@ -18,6 +18,21 @@ def test_round_e2m1_ties_go_to_the_even_mantissa():
     assert_close(grids.round_e2m1(x), expected, **EXACT)
 
 
+def test_round_e2m1_down_ties_go_to_zero_which_is_negative():
+    x = torch.tensor([0.25, 0.26, 0.75, 1.25, 1.75, 2.5, 3.5, 5.0, 5.1, 7.0, -0.75, -2.5, 0.0])
+    expected = torch.tensor([0.0, 0.5, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, 6.0, -0.5, -2.0, -0.0])
+    found = grids.round_e2m1_down(x)
+    assert_close(found, expected, **EXACT)
+    assert found.signbit().equal(expected.signbit())
+
+
+def test_powers_of_two():
+    amax = torch.tensor([448.0, 449.0, 224.0, 1.0, 0.0])
+    found = grids.power_of_two(amax, 448.0)
+    assert found.float().tolist() == [1.0, 2.0, 0.5, 2.0**-8, 2.0**-127]
+    assert found.view(torch.uint8).tolist() == [127, 128, 126, 119, 0]
+
+
 def test_round_e2m1_leaves_its_input():
     x = torch.tensor([-0.6, 2.2])
     grids.round_e2m1(x)

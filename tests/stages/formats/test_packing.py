@@ -5,14 +5,44 @@ from collections.abc import Iterator
 import pytest
 import torch
 from modelopt.torch.export.quant_utils import to_quantized_weight
-from modelopt.torch.quantization.qtensor import NVFP4QTensor
+from modelopt.torch.quantization.qtensor import FP8QTensor, MXFP4QTensor, MXFP8QTensor, NVFP4QTensor
 
-from stages.formats import FP8, INT4_AWQ, INT8_SQ, NVFP4, W4A8_AWQ, WeightFormat
+from stages.formats import (
+    FP8,
+    FP8_PB_WO,
+    FP8_PC_PT,
+    INT4_AWQ,
+    INT8_SQ,
+    MXFP4,
+    MXFP8,
+    NVFP4,
+    W4A8_AWQ,
+    W4A16_NVFP4,
+    WeightFormat,
+)
+from stages.formats.nvfp4 import Nvfp4
 from stages.formats.packing import spans
 from stages.formats.weight_format import tensor_amax
 
 FLOATS = [torch.bfloat16, torch.float16, torch.float32]
-FORMATS = {"nvfp4": NVFP4, "fp8": FP8, "int4": INT4_AWQ, "int8": INT8_SQ, "w4a8": W4A8_AWQ}
+FORMATS = {
+    "nvfp4": NVFP4,
+    "fp8": FP8,
+    "int4": INT4_AWQ,
+    "int8": INT8_SQ,
+    "w4a8": W4A8_AWQ,
+    "w4a16": W4A16_NVFP4,
+    "mxfp4": MXFP4,
+    "mxfp8": MXFP8,
+    "per channel": FP8_PC_PT,
+    "blocks": FP8_PB_WO,
+}
+MODELOPTS = {
+    MXFP8: MXFP8QTensor.get_weights_scaling_factor,
+    MXFP4: lambda weight: MXFP4QTensor.quantize(weight, 32)[1].view(len(weight), -1),
+    FP8_PB_WO: lambda weight: FP8QTensor.quantize(weight.float(), block_sizes={-1: 128, -2: 128})[1],
+}
+"""modelopt's scales."""
 # Halfway between neighbours of e2m1, and the neighbours.
 HARD = torch.cat([torch.arange(0, 7.5, 0.25), torch.tensor([1e30])])
 SCALES = torch.arange(1, 127, dtype=torch.uint8).view(torch.float8_e4m3fn)
@@ -37,9 +67,11 @@ def require_equal_packing(format: WeightFormat, weight: torch.Tensor) -> None:
     if format.tensor_leaf is not None:
         tensor_scale = format.tensor_scale(tensor_amax(weight).reshape(()))
     scale = format.block_scale(weight, tensor_scale)
-    if format is NVFP4:
+    if isinstance(format, Nvfp4):
         theirs = NVFP4QTensor.get_weights_scaling_factor(weight, 16, tensor_scale)[0]
         assert scale.view(torch.uint8).equal(theirs.view(torch.uint8))
+    if format in MODELOPTS:
+        assert scale.flatten().equal(MODELOPTS[format](weight).flatten())
     packed = format.pack(weight, tensor_scale, scale)
     expected = by_modelopt(format, weight, tensor_scale, scale)
     assert packed.dtype == expected.dtype and packed.is_contiguous()
@@ -119,6 +151,38 @@ def test_fp8_of_every_number_of_two_bytes(dtype: torch.dtype) -> None:
         weight, scale = every_number(dtype), FP8.tensor_scale(torch.tensor(amax))
         ours = FP8.pack(weight, scale, None)
         assert ours.view(torch.uint8).equal(by_modelopt(FP8, weight, scale, None).view(torch.uint8))
+
+
+@each_dtype
+def test_powers_of_two_at_every_boundary(dtype: torch.dtype) -> None:
+    powers = torch.arange(-150, 128).double().exp2()
+    for bound, format in ((448.0, MXFP8), (6.0, MXFP4)):
+        amax = neighbours((powers * bound).to(dtype))
+        amax = amax[amax.isfinite()]
+        weight = torch.zeros(len(amax), 32, dtype=dtype)
+        weight[:, 3] = amax
+        assert format.block_scale(weight, None).equal(MODELOPTS[format](weight))
+
+
+@each_dtype
+def test_mx_at_every_tie(dtype: torch.dtype) -> None:
+    codes = torch.arange(127, dtype=torch.uint8).view(torch.float8_e4m3fn).float()
+    halfway = torch.cat([codes, (codes[1:] + codes[:-1]) / 2, torch.tensor([449.0, 464.0, 500.0])])
+    for values, format in ((halfway, MXFP8), (HARD, MXFP4)):
+        weight = neighbours(values.to(dtype)).nan_to_num(0.0, 0.0, 0.0)
+        weight = torch.cat([weight, weight.new_zeros(-len(weight) % 32)]).view(-1, 32)
+        for scaled in (weight, weight * 2.0**-9, weight * 2.0**-20):
+            require_equal_packing(format, scaled)
+
+
+@pytest.mark.parametrize("columns", [256, 192])
+def test_square_blocks_at_the_edges(columns: int) -> None:
+    weight = torch.randn(200, columns, generator=torch.Generator().manual_seed(0)).bfloat16()
+    scale = FP8_PB_WO.block_scale(weight, None)
+    theirs, modelopts = FP8QTensor.quantize(weight.float(), block_sizes={-1: 128, -2: 128})
+    assert scale.shape == (2, 1, 2, 1) and scale.flatten().equal(modelopts.flatten())
+    ours = FP8_PB_WO.pack(weight, None, scale)
+    assert ours.view(torch.uint8).equal(theirs._quantized_data.view(torch.uint8))
 
 
 @pytest.mark.parametrize("format", [INT4_AWQ, INT8_SQ], ids=["int4", "int8"])

@@ -4,7 +4,18 @@ from pathlib import Path
 
 import pytest
 
-from stages.formats import INT4_AWQ, INT8_SQ, NVFP4, W4A8_AWQ, WeightFormat
+from stages.formats import (
+    FP8_PB_WO,
+    FP8_PC_PT,
+    INT4_AWQ,
+    INT8_SQ,
+    MXFP4,
+    MXFP8,
+    NVFP4,
+    W4A8_AWQ,
+    W4A16_NVFP4,
+    WeightFormat,
+)
 from stages.model.skeleton import Skeleton, load_config
 from stages.recipe.hub_config import in_hub_names
 from stages.recipe.quantizers import plan_quantizers
@@ -51,6 +62,21 @@ def test_recipe_file_with_a_cache(skeleton: Skeleton) -> None:
     assert plan.kv == {"model.layers.0.self_attn": "fp8", "model.layers.1.self_attn": "fp8"}
 
 
+def test_caches_of_several_formats_are_refused(skeleton: Skeleton, tmp_path: Path) -> None:
+    (tmp_path / "own.yaml").write_text("""
+imports: {fp8: configs/numerics/fp8, nvfp4: configs/numerics/nvfp4}
+metadata: {recipe_type: ptq}
+quantize:
+  algorithm: max
+  quant_cfg:
+    - {quantizer_name: '*', enable: false}
+    - {quantizer_name: '*layers.0*[kv]_bmm_quantizer', cfg: {$import: fp8}}
+    - {quantizer_name: '*layers.1*[kv]_bmm_quantizer', cfg: {$import: nvfp4}}
+""")
+    with pytest.raises(InputError, match="puts KV caches into fp8 and nvfp4"):
+        plan_quantizers(skeleton, resolve(str(tmp_path / "own.yaml")))
+
+
 def test_values_a_recipe_fixes(skeleton: Skeleton) -> None:
     plan = plan_quantizers(skeleton, resolve("general/ptq/nvfp4_experts_only_input_scale1-kv_fp8_cast"))
     assert set(plan.constant_inputs.values()) == {2688.0}
@@ -80,16 +106,74 @@ def test_recipes_with_a_solver(skeleton: Skeleton, recipe: str, weight: WeightFo
     [
         ("nvfp4_svdquant", "'svdquant'"),
         ("int8_weight_only", "'int8_wo'"),
-        ("mxfp8", "'mxfp8'"),
+        ("w4a8_nvfp4_fp8", "'w4a8_nvfp4_fp8'"),
         ("mxfp6", "num_bits=(3, 2)"),
         ("nvfp4_fp8_mha", "model.layers.0.self_attn.p_bmm_quantizer"),
-        ("general/ptq/nvfp4_default-kv_nvfp4_cast", "model.layers.0.self_attn.k_bmm_quantizer"),
     ],
 )
 def test_what_is_not_supported_is_named(skeleton: Skeleton, recipe: str, named: str) -> None:
     with pytest.raises(InputError) as error:
         plan_quantizers(skeleton, resolve(recipe))
     assert named in str(error.value) and recipe in str(error.value) and "supported: " in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("recipe", "weight"),
+    [
+        ("w4a16_nvfp4", W4A16_NVFP4),
+        ("mxfp4", MXFP4),
+        ("mxfp8", MXFP8),
+        ("fp8_per_channel_per_token", FP8_PC_PT),
+        ("fp8_2d_blockwise_weight_only", FP8_PB_WO),
+    ],
+)
+def test_formats_that_need_nothing_of_inputs(skeleton: Skeleton, recipe: str, weight: WeightFormat) -> None:
+    plan = plan_quantizers(skeleton, resolve(recipe))
+    assert len(plan.weights) == 32 and set(plan.weights.values()) == {weight}
+    assert not plan.inputs
+
+
+STATIC = "num_bits: e2m1, block_sizes: {-1: 16, type: static, scale_bits: e4m3}"
+
+
+def test_experts_of_several_formats_are_refused(skeleton: Skeleton, tmp_path: Path) -> None:
+    (tmp_path / "own.yaml").write_text(f"""
+metadata: {{recipe_type: ptq}}
+quantize:
+  algorithm: max
+  quant_cfg:
+    - {{quantizer_name: '*', enable: false}}
+    - {{quantizer_name: '*gate_up_proj_weight_quantizer*', cfg: {{num_bits: e4m3}}}}
+    - {{quantizer_name: '*down_proj_weight_quantizer*', cfg: {{{STATIC}}}}}
+""")
+    with pytest.raises(InputError, match=r"projections of model.layers.0.mlp.experts to fp8 and w4a16_nvfp4"):
+        plan_quantizers(skeleton, resolve(str(tmp_path / "own.yaml")))
+
+
+@pytest.mark.parametrize(
+    ("weight", "inputs", "named"),
+    [
+        ("num_bits: e4m3, block_sizes: {-1: 128}", None, "'fp8_pb_wo with block_sizes={-1: 128}'"),
+        ("num_bits: e4m3, block_sizes: {-1: 128, -2: 64}", None, "'fp8_pb_wo with block_sizes="),
+        ("num_bits: e4m3, axis: 0", "num_bits: e4m3", "layers.0.mlp.experts.down_proj_input_quantizer"),
+        ("num_bits: e4m3", "num_bits: e4m3, type: dynamic", "mlp.experts.down_proj_input_quantizer"),
+        ("num_bits: e4m3, block_sizes: {-1: 128, -2: 128}", "num_bits: e4m3", "down_proj_input_quantizer"),
+        ("num_bits: e4m3", "num_bits: 8", "mlp.experts.down_proj_input_quantizer"),
+        (STATIC, "num_bits: e4m3", "mlp.experts.down_proj_input_quantizer"),
+    ],
+)
+def test_blocks_and_inputs_that_a_format_does_not_have(
+    skeleton: Skeleton, tmp_path: Path, weight: str, inputs: str | None, named: str
+) -> None:
+    rules = ["{quantizer_name: '*', enable: false}"]
+    rules.append(f"{{quantizer_name: '*down_proj_weight_quantizer*', cfg: {{{weight}}}}}")
+    if inputs is not None:
+        rules.append(f"{{quantizer_name: '*down_proj_input_quantizer', cfg: {{{inputs}}}}}")
+    head = "metadata: {recipe_type: ptq}\nquantize:\n  algorithm: max\n  quant_cfg:\n"
+    (tmp_path / "own.yaml").write_text(head + "".join(f"    - {rule}\n" for rule in rules))
+    with pytest.raises(InputError) as error:
+        plan_quantizers(skeleton, resolve(str(tmp_path / "own.yaml")))
+    assert named in str(error.value)
 
 
 def test_every_name_of_a_hub_checkpoint_with_other_names(tmp_path: Path) -> None:
@@ -152,7 +236,9 @@ def test_llama_4_is_served_outside_the_registry(tmp_path: Path) -> None:
 def test_formats_without_a_layout_for_such_experts_are_refused(tmp_path: Path) -> None:
     folder = families.save_tiny("gpt_oss", tmp_path / "model")
     skeleton = Skeleton(load_config(folder), Source.open(folder).tensors)
-    with pytest.raises(InputError, match=r"experts to int8_sq, and modelopt keeps .* in nvfp4, fp8 alone"):
+    with pytest.raises(
+        InputError, match=r"experts to int8_sq, and modelopt keeps .* in nvfp4, w4a16_nvfp4, fp8 alone"
+    ):
         plan_quantizers(skeleton, resolve("int8_smoothquant"))
 
 

@@ -38,6 +38,13 @@ def test_names_like_no_other_get_the_list() -> None:
     with pytest.raises(InputError, match=r"modelopt ships \(likely served first\): fp8, ") as refused:
         resolve("zzz")
     names = str(refused.value).partition("first): ")[2].split(", ")
-    served = ("nvfp4", "nvfp4_awq_full", "w4a8_awq_beta", "general/ptq/nvfp4_default-kv_none-gptq")
-    refused_names = ("mxfp4", "nvfp4_svdquant", "general/ptq/nvfp4_mlp_only_mse-kv_fp8_cast")
+    served = (
+        "nvfp4",
+        "mxfp8",
+        "w4a16_nvfp4",
+        "nvfp4_awq_full",
+        "w4a8_awq_beta",
+        "general/ptq/nvfp4_default-kv_none-gptq",
+    )
+    refused_names = ("mxfp6", "nvfp4_svdquant", "mxint8")
     assert max(map(names.index, served)) < min(map(names.index, refused_names))

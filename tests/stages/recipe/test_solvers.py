@@ -92,9 +92,10 @@ def test_inputs_are_unified_as_an_export_does_that_names_no_policy() -> None:
         (plan("local_hessian", block_size=32), r"block_size=32; only 16 is supported"),
         (
             plan("local_hessian", {"layers.0.up": FP8}),
-            r"layers.0.up to fp8 .*, which local_hessian can't solve; supported: nvfp4 in blocks of 16$",
+            r"layers.0.up to fp8 .*, which local_hessian can't solve; "
+            r"supported: nvfp4 in blocks of 16, w4a16_nvfp4 in blocks of 16$",
         ),
-        (plan("mse"), r"algorithm 'mse'; supported: max, awq_lite"),
+        (plan("svdquant"), r"algorithm 'svdquant'; supported: max, mse, awq_lite"),
         (plan("smoothquant"), r"layers.0.up to nvfp4 in blocks of 16, which smoothquant can't.*: int8_sq"),
         (
             plan("awq_lite", {"up": INT4_AWQ.with_blocks(64)}),
