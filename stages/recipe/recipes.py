@@ -70,14 +70,12 @@ class Recipe:
 
 
 def resolve(name: str) -> Recipe:
-    """Look a recipe up in modelopt's library: a preset (`nvfp4`), a shipped recipe file or a path to one of
-    your own.
+    """Look a recipe up: one of modelopt's presets (`nvfp4`) or of ours (`nvfp4_tuned`), a recipe file that
+    modelopt ships, or a path to one of your own.
 
     Raises InputError when modelopt knows no such recipe, when the file is not a post-training quantization
     recipe, or when it lists algorithms that can't be run one after the other here.
     """
-    if name in TUNED:
-        return _recipe(name, _load_preset(TUNED[name]) | {"algorithm": "tune"})
     if name in presets():
         return _recipe(name, _load_preset(name))
     if "/" not in name and not Path(name).is_file():
@@ -86,8 +84,8 @@ def resolve(name: str) -> Recipe:
 
 
 def shipped() -> list[str]:
-    """Names of every recipe modelopt ships: presets first, then whole recipe files, general ones first. Files
-    that only others draw on are left out.
+    """Names of every preset, modelopt's and ours, then of every whole recipe file that modelopt ships, general
+    ones first. Files that only others draw on are left out.
     """
     root = _library()
     files = [path for path in root.rglob("*.yaml") if path.relative_to(root).parts[0] != "configs"]
@@ -96,12 +94,12 @@ def shipped() -> list[str]:
 
 
 def presets() -> list[str]:
-    """Names of modelopt's presets."""
-    return sorted(path.stem for path in (_library() / PRESETS).glob("*.yaml"))
+    """Names of modelopt's presets and ours."""
+    return sorted([*(path.stem for path in (_library() / PRESETS).glob("*.yaml")), *TUNED])
 
 
 def is_shipped(name: str) -> bool:
-    """Whether a name means a recipe of modelopt's library, and nothing of a person's own."""
+    """Whether a name means a preset or a recipe of modelopt's library, and nothing of a person's own."""
     if name in presets():
         return True
     files = (Path(name + suffix) for suffix in ("", ".yaml", ".yml"))
@@ -120,10 +118,9 @@ def _load_preset(name: str) -> dict[str, Any]:
     from modelopt.torch.opt.config_loader import load_config
     from modelopt.torch.quantization.config import QuantizeConfig
 
-    preset: dict[str, Any] = load_config(f"{PRESETS}/{name}", schema_type=QuantizeConfig).model_dump(
-        exclude_unset=True
-    )
-    return preset
+    path = f"{PRESETS}/{TUNED.get(name, name)}"
+    preset: dict[str, Any] = load_config(path, schema_type=QuantizeConfig).model_dump(exclude_unset=True)
+    return preset | {"algorithm": "tune"} if name in TUNED else preset
 
 
 def _load_file(name: str) -> dict[str, Any]:
@@ -174,7 +171,7 @@ def _unknown(name: str) -> str:
     known = sorted(shipped(), key=_probably_refused)  # in modelopt's order otherwise
     if near := _near(name, known):
         return f"no recipe is called {name!r}; did you mean {' or '.join(near)}?"
-    return f"no recipe is called {name!r}; modelopt ships (likely served first): {', '.join(known)}"
+    return f"no recipe is called {name!r}; there are (likely served first): {', '.join(known)}"
 
 
 def _near(name: str, known: list[str]) -> list[str]:

@@ -35,7 +35,7 @@ def test_of_names_that_look_alike_what_is_served_comes_first() -> None:
 
 
 def test_names_like_no_other_get_the_list() -> None:
-    with pytest.raises(InputError, match=r"modelopt ships \(likely served first\): fp8, ") as refused:
+    with pytest.raises(InputError, match=r"there are \(likely served first\): fp8, ") as refused:
         resolve("zzz")
     names = str(refused.value).partition("first): ")[2].split(", ")
     served = (
