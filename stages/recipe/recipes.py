@@ -84,7 +84,7 @@ def resolve(name: str) -> Recipe:
 
 
 def shipped() -> list[str]:
-    """Names of every preset, modelopt's and ours, then of every whole recipe file that modelopt ships, general
+    """Names of every preset, modelopt's and ours, then of the whole recipe files that modelopt ships, general
     ones first. Files that only others draw on are left out.
     """
     root = _library()

@@ -1,8 +1,9 @@
 """Kills a calibration with two streams in both sweeps, in the solver, as it goes on behind a layer, as it
 keeps what is behind it, and in commits, each time in a fresh fork, and finishes it: the bytes are the same.
 
-usage: kill_driver.py SCRATCH [all]. Prints one JSON object: for each kind of moment the number of kills
-survived. Without `all` one of each kind, in a layer between the first and the last.
+usage: kill_driver.py SCRATCH [all] [tuned]. Prints one JSON object: for each kind of moment the number of
+kills survived. Without `all` one of each kind, in a layer between the first and the last; with `tuned` GPTQ's
+rounding is tuned.
 """
 
 import json
@@ -24,21 +25,24 @@ from stages.calibrate.forward.calls import BoundCall
 from stages.calibrate.forward.hidden import HiddenStates
 from stages.calibrate.forward.replay import Replay
 from stages.calibrate.run import calibrate
+from stages.calibrate.schedule import tuning
 from stages.calibrate.schedule.quantized_stream import QuantizedStream
 from stages.progress import Silent
-from stages.solve import gptq
+from stages.solve import gptq, rounding
 from state.objects import SOLUTION
 from state.place import PlacedDisk
 from state.reader import open_run
 from tests.stages.calibrate import runs
 from tests.stages.export import support
 
-GPTQ = "general/ptq/nvfp4_default-kv_none-gptq"
+TUNED = "tuned" in sys.argv[2:]
+RECIPE = "nvfp4_tuned" if TUNED else "general/ptq/nvfp4_default-kv_none-gptq"
+STEPS = 6  # of tuning a layer
 LAYERS, BATCHES = 3, 3
 FILES, MEMORY = 1, 1 << 30
 
 settings = partial(
-    runs.settings, samples=6, batch=2, recipe=GPTQ, schedule="layerwise", device="cpu", commit_every=1e-9
+    runs.settings, samples=6, batch=2, recipe=RECIPE, schedule="layerwise", device="cpu", commit_every=1e-9
 )
 Content = dict[str, Any]
 
@@ -105,20 +109,27 @@ def _commit(moment: Moment) -> Iterator[None]:
         yield
 
 
+# A tuned layer has more windows than the text: 6, 5 that begin later and 6 with other tokens.
+STREAMED = BATCHES + 6 if TUNED else BATCHES
+# They go through the second stream once more, to weigh the tokens.
+SWEEPS = 2 if TUNED else 1
 KINDS: dict[str, tuple[Callable[[Moment], Any], int]] = {
-    "first sweep": (_first_sweep, LAYERS * BATCHES),
-    "second sweep": (_ahead_of(Replay, "run"), LAYERS * BATCHES),
-    "solver": (_ahead_of(gptq, "solve"), LAYERS * 4),
+    "first sweep": (_first_sweep, 0 if TUNED else LAYERS * BATCHES),
+    "second sweep": (_ahead_of(Replay, "run"), LAYERS * STREAMED * SWEEPS),
+    "solver": (_ahead_of(gptq, "solve_latent" if TUNED else "solve"), LAYERS * 4),
     "going on": (_ahead_of(QuantizedStream, "advance"), LAYERS),
-    "writing behind": (_ahead_of(HiddenStates, "write"), LAYERS * BATCHES * 2),
+    "writing behind": (_ahead_of(HiddenStates, "write"), LAYERS * STREAMED * 2),
     "sealing": (_ahead_of(HiddenStates, "seal"), (LAYERS - 1) * 2),
     "committing": (_commit, 0),
 }
+if TUNED:
+    KINDS["tuning"] = (_ahead_of(tuning, "rate_of"), LAYERS * STEPS)
 """Kind → how its moments are watched, and how many there are; 0: so many that some are taken."""
 
 
 def make(inputs: Path, run: Path, memory: int) -> None:
-    calibrate(settings(inputs, run, activation_memory=memory), Silent())
+    with patch.object(rounding, "STEPS", STEPS):
+        calibrate(settings(inputs, run, activation_memory=memory), Silent())
 
 
 def content(run: Path) -> Content:
@@ -188,7 +199,7 @@ def main() -> None:
     whole = content(scratch / "whole")
     survived = {}
     for kind, (_, expected) in KINDS.items():
-        step = 1 if expected else counts[kind] // 20
+        step = 1 if 0 < expected <= 20 else counts[kind] // 20
         chosen = range(0, counts[kind], step) if every else [counts[kind] // 2]
         for at in chosen:
             survive(inputs, scratch / "run", whole, FILES, kind, at, twice=every)

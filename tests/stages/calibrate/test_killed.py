@@ -32,9 +32,13 @@ def test_killed_once_in_each_part_of_a_layer(tmp_path: Path) -> None:
 
 
 @pytest.mark.long
-@pytest.mark.timeout(1800)
-def test_killed_everywhere(tmp_path: Path) -> None:
+@pytest.mark.timeout(3600)
+@pytest.mark.parametrize("more", [(), ("tuned",)], ids=["GPTQ", "tuned"])
+def test_killed_everywhere(more: tuple[str, ...], tmp_path: Path) -> None:
     """With hidden states in files, where the run after the kill is killed too, and in memory."""
-    survived = kills(str(tmp_path), "all")
-    assert survived.keys() == KINDS.keys() and sum(survived.values()) >= 100
+    survived = kills(str(tmp_path), "all", *more)
+    assert survived.keys() == KINDS.keys() | ({"tuning"} if more else set())
+    assert sum(survived.values()) >= 100
+    if more:
+        return
     assert all(survived[kind] >= 2 * count for kind, (_, count) in KINDS.items())
