@@ -24,6 +24,7 @@ from stages.progress import Silent
 from stages.settings import CalibrateSettings, ExportSettings
 from state.errors import DamagedStore, HoldfastError, IdentityMismatch, InputError
 from state.head import Head
+from state.large_reads import LargeReads
 from state.reader import open_run
 from state.source import Source
 from state.store import RunWriter
@@ -128,14 +129,13 @@ def test_weights_that_change_while_they_are_exported(inputs: Path, monkeypatch: 
     calibrate(settings(inputs, inputs / "run"), Silent())
     weights = inputs / "model" / "model.safetensors"
     out = inputs / "out"
-    digest = Source.digest
+    read = LargeReads.read
 
-    def digest_and_overwrite(source: Source, name: str) -> str:
-        found = digest(source, name)
-        overwrite(weights, source.tensors[name].start, b"\x80\x3f")
-        return found
+    def read_and_overwrite(files: LargeReads, path: Path, start: int, into: memoryview) -> None:
+        read(files, path, start, into)
+        overwrite(weights, start, b"\x80\x3f")
 
-    monkeypatch.setattr(Source, "digest", digest_and_overwrite)
+    monkeypatch.setattr(LargeReads, "read", read_and_overwrite)
     with pytest.raises(IdentityMismatch, match=r"model\.safetensors has changed while it was worked from"):
         export(ExportSettings(run=inputs / "run", out=out), Silent())
     assert not out.exists()
