@@ -30,20 +30,21 @@ class RoundInput(torch.autograd.Function):
 
 
 class Rounder:
-    """Rounds inputs; q, k and v, which are handed the same tensor, get the same result."""
+    """Rounds inputs; q, k and v, handed the same tensor one after the other, get the same result."""
 
     def __init__(self) -> None:
+        self._known: dict[tuple[WeightFormat, float], Rounding] = {}
         self._last: tuple[Tensor, Rounding, Tensor] | None = None
+
+    def known(self, rounding: Rounding) -> Rounding:
+        """One object for all roundings that are equal. Looks at the scale, for which a GPU is waited for."""
+        return self._known.setdefault((rounding[0], rounding[1].item()), rounding)
 
     def __call__(self, x: Tensor, rounding: Rounding) -> Tensor:
         """x, `[..., K]`, as an engine multiplies with it."""
-        if self._last is not None:
-            given, (format, scale), rounded = self._last
-            if given is x and format == rounding[0] and torch.equal(scale, rounding[1]):
-                return rounded
-        rounded = RoundInput.apply(x, rounding)
-        self._last = x, rounding, rounded
-        return rounded
+        if self._last is None or self._last[0] is not x or self._last[1] is not rounding:
+            self._last = x, rounding, RoundInput.apply(x, rounding)
+        return self._last[2]
 
 
 @contextmanager
@@ -61,7 +62,7 @@ def rounded_inputs(
     with ExitStack() as stack:
         # By name in memory: linears that the class merges have one input, which is rounded once.
         linears = {
-            linear.memory: roundings[linear.hub]
+            linear.memory: rounder.known(roundings[linear.hub])
             for linear in skeleton.linears
             if linear.memory.startswith(f"{layer}.") and linear.hub in roundings
         }

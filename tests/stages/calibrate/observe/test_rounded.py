@@ -12,7 +12,7 @@ from transformers.models.llama4.modeling_llama4 import Llama4TextExperts
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
 
 from stages.calibrate.observe.experts import MATMULS, watch_experts
-from stages.calibrate.observe.rounded import Rounding, round_input, rounded_inputs
+from stages.calibrate.observe.rounded import Rounder, Rounding, rounded_inputs
 from stages.formats import FP8, NVFP4
 from stages.formats.fp8 import Fp8
 from stages.model.modules import Arrangement, ExpertsModule, LinearModule
@@ -98,7 +98,18 @@ def test_the_gradient_goes_straight_through_what_is_clipped_too() -> None:
 def test_the_format_rounds() -> None:
     x = torch.randn(4, 32, generator=torch.Generator().manual_seed(0)).to(torch.bfloat16)
     scale = torch.tensor(0.001)
-    assert round_input(x, (NVFP4, scale)).equal(NVFP4.round_input(x, scale))
+    assert Rounder()(x, (NVFP4, scale)).equal(NVFP4.round_input(x, scale))
+
+
+def test_one_tensor_is_rounded_once_under_equal_scales() -> None:
+    rounder = Rounder()
+    half, same = rounder.known((FP8, HALF)), rounder.known((FP8, HALF.clone()))
+    first = rounder(X, half)
+    assert rounder(X, same) is first and first.tolist() == ROUNDED
+    other = rounder(X, rounder.known((FP8, 4 * HALF)))
+    assert other.tolist() == [[1.0, 896.0], [-3.25, 0.25]]
+    assert rounder(X, half) is not first  # only the last one is kept
+    assert rounder(X.clone(), half).tolist() == ROUNDED
 
 
 # Experts
