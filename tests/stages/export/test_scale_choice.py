@@ -8,7 +8,7 @@ from safetensors.torch import load_file
 from benchmarks.dequantize import weight_of
 from stages.export.report import ExportReport
 from stages.export.run import export
-from stages.export.scale_choice import with_scales
+from stages.export.scale_choice import uses, with_scales
 from stages.formats import FP8, NVFP4
 from stages.recipe.quantizer_plan import QuantizerPlan
 from stages.recipe.recipes import Recipe
@@ -96,6 +96,15 @@ def test_weights_of_other_formats_keep_their_scales() -> None:
     plan, choice = with_scales(PLAN, "mse", None, False)
     assert choice == "mse"
     assert plan.weights == {"up": NVFP4.with_scales("mse"), "down": FP8}
+
+
+def test_weights_without_a_choice_are_named() -> None:
+    plan, choice = with_scales(PLAN, "four_over_six", None, False)
+    assert {use.policy: use.quantizers for use in uses(plan, choice)} == {
+        "scales=four_over_six": ("up.weight_quantizer",),
+        "scales=max": ("down.weight_quantizer",),
+    }
+    assert uses(PLAN, "max") == ()
 
 
 def test_nobody_else_may_choose_the_scales() -> None:
