@@ -55,7 +55,7 @@ def sweep(weight: Tensor, amax: Tensor, tensor_scale: Tensor) -> Tensor:
                 steps = _steps(codes.clamp(SMALLEST, LARGEST), unit)
                 hopeful = (codes >= SMALLEST) & (codes <= LARGEST)
                 if direction < 0:
-                    hopeful &= (amax - E2M1_MAX * steps).square() <= least
+                    hopeful &= (amax - E2M1_MAX * steps).clamp_(min=0).square_() <= least
                 else:
                     odd = (codes < EVENLY_SPACED) & (codes % 2 == 1)
                     hopeful &= (amax >= ROUNDS_TO_4 * steps) | odd
