@@ -38,7 +38,7 @@ from stages.settings import CalibrateSettings
 from stages.solve.more_windows import more_windows
 from stages.solve.rounding import token_errors, token_weights
 
-STEPS, TOGETHER, WINDOW = 600, 16, 128
+STEPS, TOGETHER, WINDOW = 300, 16, 128
 """Of training: steps, windows of a step, tokens of a window."""
 BATCH, SEQ, SAMPLES, HELD_OUT = 8, 256, 64, 64
 """Windows of a forward, tokens of each, how many calibrate and how many are held out."""
