@@ -45,12 +45,13 @@ COLUMNS = (
     Column("FP8 KV", "general/ptq/nvfp4_default-kv_fp8", Asked(kv=True)),
     Column("AWQ full", "nvfp4_awq_full", Asked(solved=True, folded=True)),
     Column("GPTQ", "general/ptq/nvfp4_default-kv_none-gptq", Asked(solved=True)),
+    Column("tuned", "nvfp4_tuned", Asked(solved=True)),
 )
 
 
 PARITY = "as modelopt's"
 
-WITH_LOGITS = ("nvfp4", "AWQ full", "GPTQ")
+WITH_LOGITS = ("nvfp4", "AWQ full", "GPTQ", "tuned")
 """Columns whose weights are put back into the class: rounding to nearest, and what is to be no worse."""
 
 
