@@ -177,6 +177,7 @@ class Bench:
             self._judge_loaded(column, export, out, cell)
         if self.family.stored != "plain" and cell.schedule == SCHEDULES[0] and whole:
             cell.said += self._copy_faults(column, export)
+        cell.said += untuned(self.folder / out / "export_report.json")
         cell.folds = folds(self.folder / out / "export_report.json")
         if cell.said:
             cell.verdict = "wrong"
@@ -252,6 +253,12 @@ class Bench:
             return command(self.folder, arguments)
 
         return call(run, log, LONGEST)
+
+
+def untuned(report: Path) -> list[str]:
+    """Modules that were to be tuned and keep GPTQ's weights."""
+    policies = json.loads(report.read_text())["policies"]
+    return [f"{use['quantizers'][0]} is not tuned" for use in policies if use["policy"] == "not-tuned"]
 
 
 def forked(work: Callable[[], Any], file: Path) -> Any:
