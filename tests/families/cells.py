@@ -47,8 +47,6 @@ COLUMNS = (
     Column("GPTQ", "general/ptq/nvfp4_default-kv_none-gptq", Asked(solved=True)),
     Column("tuned", "nvfp4_tuned", Asked(solved=True)),
 )
-
-
 PARITY = "as modelopt's"
 
 WITH_LOGITS = ("nvfp4", "AWQ full", "GPTQ", "tuned")
