@@ -6,10 +6,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from stages.engines.kv import kv_scale_names
 from stages.export import scales
 from stages.export.observed import Observed, expert_families, input_quantizer, kv_quantizers
 from stages.export.unify import ExpertFamily, Policies, PolicyUse, unify
-from stages.export.units import kv_scale_names
 from stages.recipe.quantizer_plan import QuantizerPlan
 
 UNIT_SCALE = 1.0

@@ -5,15 +5,13 @@ they are: those of MTP layers and others that the model class never builds. An e
 module without finding it on the list expects it quantized, and refuses it or reads BF16 as codes.
 """
 
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
 from typing import Any
 
+from stages.engines.exclusion import EMBEDDINGS, caught
 from state.errors import InputError
 from state.source import TensorEntry
-
-EMBEDDINGS = frozenset({"embed_tokens", "wte", "word_embeddings", "embed_positions", "wpe"})
-"""What embeddings are called that no class builds, such as those of MTP layers."""
 
 
 def with_all_excluded(
@@ -78,12 +76,9 @@ def _name_in_vllm(module: str) -> str | None:
     return f"*layers.{number}.moe.experts*" if leaf == "experts" and number.isdigit() else None
 
 
-def _refuse_ambiguous(listed: Iterable[str], quantized: Iterable[str]) -> None:
-    """vLLM takes an entry that is part of a module's name for a match, and a pattern that fits it."""
-    for entry in listed:
-        hit = next((name for name in quantized if entry in name or fnmatchcase(name, entry)), None)
-        if hit is not None:
-            raise InputError(
-                f"{entry} stays unquantized, and engines would take its name on the list of excluded modules "
-                f"for {hit} too, which the recipe quantizes; choose a recipe that treats both alike"
-            )
+def _refuse_ambiguous(listed: Sequence[str], quantized: Iterable[str]) -> None:
+    for hit, entry in caught("vllm", quantized, listed).items():
+        raise InputError(
+            f"{entry} stays unquantized, and engines would take its name on the list of excluded modules "
+            f"for {hit} too, which the recipe quantizes; choose a recipe that treats both alike"
+        )
