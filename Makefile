@@ -33,7 +33,7 @@ PYTHON  ?= $(shell for python in $(NEWEST); do \
 READY   := $(VENV)/.holdfast-ready
 
 .DEFAULT_GOAL := help
-.PHONY: help calibrate export status check repair test test-newest test-oldest test-long test-families lint crash-test crash-test-full bench clean
+.PHONY: help calibrate export verify status check repair test test-newest test-oldest test-long test-families lint crash-test crash-test-full bench clean
 
 help:  ## this list
 	@echo "Holdfast: crash-safe post-training quantization for Hugging Face models"; echo
@@ -63,6 +63,10 @@ calibrate: $(READY) $(if $(value MODEL),,demo/model/config.json)  ## measure MOD
 export: $(READY)  ## turn RUN into the checkpoint OUT (nothing given: the demo's run as NVFP4)
 	@$(call needs,run out)
 	@$(VENV)/bin/holdfast export "$$run" "$$out" $(call options,recipe) $(if $(value MODEL),--model "$$model") $(args)
+
+verify: $(READY)  ## prove that engines read the checkpoint OUT rightly (nothing given: the demo's)
+	@$(call needs,out)
+	@$(VENV)/bin/holdfast verify "$$out" $(if $(value MODEL),--model "$$model") $(args)
 
 status: $(READY)  ## how far RUN is, also while it calibrates
 	@$(VENV)/bin/holdfast status "$${run:-runs/demo}" $(args)

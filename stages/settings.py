@@ -17,6 +17,7 @@ Mxfp4Scale = Literal["max", "cast"]
 Schedule = Literal["auto", "whole", "layerwise"]
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 Take = Literal["first", "spread"]
+Target = Literal["any", "vllm", "sglang", "trtllm"]
 
 LONGEST = 1000 * 86400.0
 """Seconds of the longest duration: threads can't wait for much longer."""
@@ -194,4 +195,15 @@ class ExportSettings(Settings):
         default=False,
         description="Say what would be written, which policies would act, and the disk and memory it takes; "
         "write nothing to OUT.",
+    )
+
+
+class VerifySettings(Settings):
+    """One verification."""
+
+    out: Folder = Field(description="Folder of the checkpoint, whoever wrote it.")
+    target: Target = Field(
+        default="any",
+        description="Engine that has to load it; any: every engine that takes its formats has to read it "
+        "rightly.",
     )

@@ -7,7 +7,6 @@ No tensor is read here and nothing is imported but the standard library and name
 from typing import Literal, get_args
 
 Engine = Literal["vllm", "sglang", "trtllm"]
-Target = Literal["any", "vllm", "sglang", "trtllm"]
 
 ENGINES: tuple[Engine, ...] = get_args(Engine)
 SHOWN: dict[str, str] = {"vllm": "vLLM", "sglang": "SGLang", "trtllm": "TensorRT-LLM"}

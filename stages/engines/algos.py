@@ -44,7 +44,7 @@ class Leaf(NamedTuple):
         return ((down, 1, across, 1),) if self.axes == 4 else ((down, across),)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Algo:
     """One `quant_algo`.
 

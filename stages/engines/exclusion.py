@@ -64,6 +64,18 @@ def expected_quantized(engine: Engine, modules: Iterable[str], listed: Sequence[
     )
 
 
+def matrix_of(tensor: str, shape: Sequence[int]) -> str | None:
+    """The module that an engine would ask about for a plain tensor; None for what is no matrix of a linear or
+    of experts.
+    """
+    parent, _, leaf = tensor.rpartition(".")
+    if len(shape) == 2 and (leaf == "weight" or leaf.endswith("proj_weight")):
+        return None if parent.rpartition(".")[2] in EMBEDDINGS else parent
+    if len(shape) == 3 and parent.rpartition(".")[2].endswith("experts"):
+        return parent
+    return None
+
+
 def asked(module: str) -> str:
     """The name under which engines ask for a module: those of experts ask for all of a layer at once."""
     expert = EXPERT.fullmatch(module)

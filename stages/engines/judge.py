@@ -48,7 +48,7 @@ def refusals(engine: Engine, stated: Stated, algos: Mapping[str, str], together:
         found.append("needs a quant_algo beside that of the KV cache; choose a recipe that quantizes weights")
     if stated.kv is not None and (why := kv_refusal(engine, stated.kv)) is not None:
         found.append(f"{why}; choose a recipe with an FP8 KV cache, or none")
-    return found
+    return list(dict.fromkeys(found))
 
 
 def faults(engine: Engine, stated: Stated, quantized: Sequence[str], plain: Sequence[str]) -> list[Fault]:

@@ -9,7 +9,7 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
 from typing import Any
 
-from stages.engines.exclusion import EMBEDDINGS, caught
+from stages.engines.exclusion import caught, matrix_of
 from state.errors import InputError
 from state.source import TensorEntry
 
@@ -55,18 +55,8 @@ def _unquantized(
 ) -> list[str]:
     """The modules of all matrices that stay as they are, each once."""
     plain = [entry for name, entry in tensors.items() if name not in stored and name not in embeddings]
-    found = (experts.get(entry.name) or _module(entry) for entry in plain)
+    found = (experts.get(entry.name) or matrix_of(entry.name, entry.shape) for entry in plain)
     return list(dict.fromkeys(module for module in found if module is not None))
-
-
-def _module(entry: TensorEntry) -> str | None:
-    """The module that an engine would ask about for a tensor; None for what is no matrix of a linear."""
-    parent, _, leaf = entry.name.rpartition(".")
-    if len(entry.shape) == 2 and (leaf == "weight" or leaf.endswith("proj_weight")):
-        return None if parent.rpartition(".")[2] in EMBEDDINGS else parent
-    if len(entry.shape) == 3 and parent.rpartition(".")[2].endswith("experts"):
-        return parent
-    return None
 
 
 def _name_in_vllm(module: str) -> str | None:

@@ -1,0 +1,62 @@
+"""Verify: every rule over every tensor of a checkpoint, and a report of it."""
+
+from collections import Counter
+
+from stages.progress import Progress, Silent
+from stages.settings import VerifySettings
+from stages.verify.engines import engine_findings
+from stages.verify.files import Files, read_files
+from stages.verify.findings import Finding
+from stages.verify.layout import layout_findings, unknown_algo
+from stages.verify.modules import take_stock
+from stages.verify.report import REPORT, VerifyReport
+from stages.verify.values import value_findings
+from state.durable import Disk
+
+
+def verify(settings: VerifySettings, progress: Progress | None = None) -> VerifyReport:
+    """Look at a checkpoint, and write OUT/verify_report.json, whatever is found.
+
+    Raises:
+        InputError: there is no checkpoint, or none in a layout that is known; or the source can't be read.
+    """
+    progress = progress or Silent()
+    report = examine(settings, progress)
+    Disk().publish(settings.out / REPORT, report.encode())
+    return report
+
+
+def examine(settings: VerifySettings, progress: Progress) -> VerifyReport:
+    """As `verify`, without writing anything."""
+    progress.stage("verifying the checkpoint")
+    files = read_files(settings.out)
+    if files.source is None or files.stated is None:
+        return _unread(settings, files)
+    source, stated = files.source, files.stated
+    inventory = take_stock(source.tensors, stated)
+    findings: list[Finding] = [*files.findings, *unknown_algo(stated)]
+    findings += layout_findings(source.tensors, stated, inventory, files.layers)
+    reasons, wrong = engine_findings(settings.target, stated, inventory)
+    findings += wrong
+    nbytes = sum(entry.nbytes for entry in source.tensors.values())
+    progress.start("reading values", total=nbytes, unit="bytes")
+    findings += value_findings(source, inventory, progress)
+    progress.finish()
+    formats = Counter(module.algo.name for module in inventory.quantized.values() if module.algo is not None)
+    return VerifyReport(
+        settings.target,
+        stated.algo,
+        stated.kv,
+        dict(sorted(formats.items())),
+        reasons,
+        len(source.tensors),
+        nbytes,
+        tuple(findings),
+    )
+
+
+def _unread(settings: VerifySettings, files: Files) -> VerifyReport:
+    """The report of a checkpoint whose headers or configuration can't be read."""
+    left = "tensors were not looked at: the files or the configuration can't be read"
+    algo, kv = (None, None) if files.stated is None else (files.stated.algo, files.stated.kv)
+    return VerifyReport(settings.target, algo, kv, {}, {}, 0, 0, files.findings, (left,))
