@@ -207,3 +207,9 @@ class VerifySettings(Settings):
         description="Engine that has to load it; any: every engine that takes its formats has to read it "
         "rightly.",
     )
+    model: OptionalPlace = Field(
+        default=None,
+        description="The model it was made from, a folder or hub id: every tensor is compared with it.",
+    )
+    revision: str | None = Field(default=None, description="Branch, tag or commit of MODEL on the hub.")
+    trust_remote_code: bool = Field(default=False, description="Run Python code that comes with the model.")

@@ -7,7 +7,7 @@ from typing import Any
 
 from stages.engines.algos import ALGOS
 from stages.engines.stated import Stated, differences, group_faults, inline, separate
-from stages.verify.findings import Finding
+from stages.verify.findings import Finding, without_path
 from state.errors import InputError
 from state.source import Source, read_json
 from state.weights_file import INDEX, SINGLE
@@ -54,7 +54,7 @@ def _source(folder: Path, findings: list[Finding]) -> Source | None:
     try:
         source = Source.open(folder)
     except InputError as error:
-        findings.append(Finding("files", "safetensors", _without(folder, str(error))))
+        findings.append(Finding("files", "safetensors", without_path(folder, str(error))))
         return None
     read = {Path(file).name for file in source.files}
     for path in sorted(folder.glob("*.safetensors")):
@@ -126,14 +126,9 @@ def _json(folder: Path, name: str, findings: list[Finding]) -> dict[str, Any] | 
         findings.append(Finding("config", name, "is missing"))
         return None
     except InputError as error:
-        findings.append(Finding("config", name, _without(folder, str(error))))
+        findings.append(Finding("config", name, without_path(folder, str(error))))
         return None
     if not isinstance(content, dict):
         findings.append(Finding("config", name, "is no JSON object"))
         return None
     return content
-
-
-def _without(folder: Path, message: str) -> str:
-    """A message without the folder's path: reports go where checkpoints go."""
-    return message.replace(f"{folder}/", "").replace(str(folder), "the folder")

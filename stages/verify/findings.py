@@ -1,6 +1,7 @@
 """What verify finds, under the names of its rules. The rules themselves are beside: see RULES for where."""
 
 from dataclasses import dataclass
+from pathlib import Path
 
 RULES = {
     # files.py
@@ -53,3 +54,8 @@ class Finding:
 
     def __str__(self) -> str:
         return f"{self.rule}: {self.name}: {self.says}"
+
+
+def without_path(folder: Path, message: str) -> str:
+    """A message without the folder's path: reports go where checkpoints go."""
+    return message.replace(f"{folder}/", "").replace(str(folder), "the folder")

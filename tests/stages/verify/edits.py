@@ -142,3 +142,37 @@ def nan_code(tensor: torch.Tensor) -> torch.Tensor:
 
 def with_nan(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.index_fill(0, torch.tensor([3]), float("nan"))
+
+
+def fewer_rows(module: str, rows: int) -> Edit:
+    """A weight and its block scales lose their last rows together."""
+
+    def edit(content: Editable) -> None:
+        for leaf in ("weight", "weight_scale"):
+            name = f"{module}.{leaf}"
+            content.tensors[name] = content.tensors[name][:rows]
+
+    return edit
+
+
+def swap(one: str, other: str) -> Edit:
+    """Two modules give each other all their tensors."""
+    return lambda content: content.rename(one, other)
+
+
+def other_nibbles(codes: torch.Tensor) -> torch.Tensor:
+    return (codes << 4) | (codes >> 4)
+
+
+def other_halves(codes: torch.Tensor) -> torch.Tensor:
+    """Low nibbles hold the first half of a row, high ones the second: the order of another packing."""
+    low, high = codes & 15, codes >> 4
+    values = torch.stack([low, high], -1).flatten(-2)
+    first, second = values.chunk(2, -1)
+    return first | (second << 4)
+
+
+def one_bit(tensor: torch.Tensor) -> torch.Tensor:
+    changed = tensor.clone()
+    changed.view(torch.uint8)[0, 0] ^= 1
+    return changed

@@ -9,16 +9,21 @@ from tests.stages.verify.edits import (
     add,
     drop,
     enlist,
+    fewer_rows,
     group_size,
     nan_code,
     no_config,
     no_kv,
     no_kv_scales,
+    one_bit,
     one_scale,
+    other_halves,
+    other_nibbles,
     plain_again,
     put,
     put_value,
     said,
+    swap,
     swizzled,
     times,
     unlist,
@@ -30,6 +35,7 @@ ATTENTION = "model.layers.1.self_attn"
 Q_PROJ, O_PROJ = f"{ATTENTION}.q_proj", f"{ATTENTION}.o_proj"
 EXPERTS = "model.layers.0.mlp.experts"
 UP, GATE, DOWN = (f"{EXPERTS}.2.{leaf}_proj" for leaf in ("up", "gate", "down"))
+NORM = "model.layers.1.input_layernorm.weight"
 
 
 @dataclass(frozen=True)
@@ -158,6 +164,25 @@ FOUND_BY_STRUCTURE: dict[str, Mutation] = {
     "FP8 with a second scale": Mutation(
         add(f"{O_PROJ}.weight_scale_2", torch.tensor(1.0)), "extra-tensor", f"{O_PROJ}.weight_scale_2", "fp8"
     ),
+    # What the model's class has
+    "the last expert is gone": Mutation(
+        drop(f"{EXPERTS}.3."), "missing-tensor", f"{EXPERTS}.3.gate_proj.weight"
+    ),
+    "a norm is gone": Mutation(drop(NORM), "missing-tensor", NORM),
+    "a router is gone": Mutation(
+        drop("model.layers.0.mlp.gate."), "missing-tensor", "model.layers.0.mlp.gate.weight"
+    ),
+    "lm_head is gone, and is not tied": Mutation(drop("lm_head."), "missing-tensor", "lm_head.weight"),
+    "embeddings are gone, to which lm_head is tied": Mutation(
+        drop("model.embed_tokens."), "missing-tensor", "model.embed_tokens.weight", "layers"
+    ),
+    "a whole linear is gone": Mutation(drop(f"{O_PROJ}."), "missing-tensor", f"{O_PROJ}.weight"),
+    "a whole layer is gone": Mutation(
+        drop("model.layers.5."), "missing-tensor", "model.layers.5.mlp.down_proj.weight", "layers"
+    ),
+    "a weight has lost rows": Mutation(fewer_rows(O_PROJ, 48), "shape", f"{O_PROJ}.weight"),
+    "an expert's weight has lost rows": Mutation(fewer_rows(UP, 16), "shape", f"{UP}.weight"),
+    "an expert's up and down have changed places": Mutation(swap(UP, DOWN), "shape", f"{UP}.weight"),
     # Groups that are run as one
     "q has another second scale": Mutation(
         times(f"{Q_PROJ}.weight_scale_2", factor=1.5), "fused-scales", Q_PROJ
@@ -241,3 +266,63 @@ FOUND_BY_STRUCTURE: dict[str, Mutation] = {
     ),
 }
 """What is done → what finds it without the source."""
+
+FOUND_BESIDE_THE_SOURCE: dict[str, Mutation] = {
+    "gate and up have changed places": Mutation(swap(GATE, UP), "source-weights", GATE),
+    "two experts have changed places": Mutation(
+        swap(f"{EXPERTS}.0", f"{EXPERTS}.1"), "source-weights", f"{EXPERTS}.1.down_proj"
+    ),
+    "two layers have changed places": Mutation(
+        swap("model.layers.0", "model.layers.1"), "source-weights", O_PROJ
+    ),
+    "k and v have changed places": Mutation(
+        swap(f"{ATTENTION}.k_proj", f"{ATTENTION}.v_proj"),
+        "source-weights",
+        f"{ATTENTION}.k_proj",
+        "fp8",
+    ),
+    "nibbles are in the other order": Mutation(
+        put(f"{O_PROJ}.weight", other_nibbles), "source-weights", O_PROJ
+    ),
+    "nibbles are in halves of a row": Mutation(put(f"{UP}.weight", other_halves), "source-weights", UP),
+    "a second scale is six times as large": Mutation(
+        times(f"{O_PROJ}.weight_scale_2", factor=6.0), "source-weights", O_PROJ
+    ),
+    "a second scale is its reciprocal": Mutation(
+        put(f"{DOWN}.weight_scale_2", lambda old: 1 / old), "source-weights", DOWN
+    ),
+    "FP8's scale is of another tensor": Mutation(
+        times(f"{O_PROJ}.weight_scale", factor=3.0), "source-weights", O_PROJ, "fp8"
+    ),
+    "INT8's rows are in another order": Mutation(
+        put(f"{O_PROJ}.weight", lambda old: old.flip(0)), "source-weights", O_PROJ, "int8"
+    ),
+    "a tensor of an MTP layer is gone": Mutation(drop("mtp.fc."), "source-dropped", "mtp.fc.weight"),
+    "a tensor of an MTP layer has another bit": Mutation(
+        put("mtp.fc.weight", one_bit), "source-changed", "mtp.fc.weight"
+    ),
+    "a router has another bit": Mutation(
+        put("model.layers.1.mlp.gate.weight", one_bit), "source-changed", "model.layers.1.mlp.gate.weight"
+    ),
+    "two norms have changed places": Mutation(
+        swap("model.layers.1.input_layernorm", "model.layers.1.post_attention_layernorm"),
+        "source-changed",
+        NORM,
+    ),
+    "lm_head is there, and the source ties it": Mutation(
+        add("lm_head.weight", torch.ones(128, 64, dtype=torch.bfloat16)),
+        "source-added",
+        "lm_head.weight",
+        "layers",
+    ),
+    "a bias that the source does not have": Mutation(
+        add(f"{O_PROJ}.bias", torch.zeros(64, dtype=torch.bfloat16)), "source-added", f"{O_PROJ}.bias"
+    ),
+}
+"""What is done → what finds it beside the source alone (`--model`)."""
+
+LEFT_TO_NUMBERS: dict[str, Edit] = {
+    "an input scale is its amax / 6": times(f"{O_PROJ}.input_scale", factor=448.0),
+    "a scale of K is ten times as large": times(f"{ATTENTION}.k_proj.k_scale", factor=10.0),
+}
+"""What no comparison of weights can tell: how large inputs are is in what a model reads."""
