@@ -9,7 +9,7 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
 from typing import Any
 
-from stages.engines.exclusion import caught, matrix_of
+from stages.engines.exclusion import asked, caught, matrix_of
 from state.errors import InputError
 from state.source import TensorEntry
 
@@ -38,7 +38,8 @@ def with_all_excluded(
     if "exclude_modules" in quantization and quantized:
         modules = _unquantized(tensors, set(quantized.values()), embeddings, experts)
         listed = list(quantization["exclude_modules"])
-        for module in modules:
+        # Engines ask for all experts of a layer at once, under the name of what holds them.
+        for module in dict.fromkeys([*modules, *map(asked, modules)]):
             if not any(fnmatchcase(module, pattern) for pattern in listed):
                 listed.append(module)
         listed += [name for name in map(_name_in_vllm, modules) if name is not None and name not in listed]

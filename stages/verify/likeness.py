@@ -3,6 +3,7 @@ way, as AWQ and SmoothQuant do. Pure sums over pieces of rows; no matrix is kept
 """
 
 from dataclasses import dataclass
+from math import inf
 from typing import Literal
 
 import torch
@@ -48,25 +49,33 @@ class Likeness:
         self.ww += (w * w).sum(0)
         rows = (w * w).sum(1)
         self.of_rows += float((both.sum(1) ** 2 / rows)[rows > 0].sum())
-        used = (q.abs() * (w != 0)).sum()
         self.kept += float((q.abs() * (both > 0)).sum())
-        self.signed += float(used)
+        self.signed += float(q.abs().sum())
+
+    def error_beside(self, scales: Tensor | None) -> float:
+        """||Q - W D|| / ||Q||. scales: D, f64 `[K]`; None for one. Infinite where Q alone is 0."""
+        factors = torch.ones_like(self.qq) if scales is None else scales
+        return self._relative(float((self.qq - 2 * factors * self.qw + factors**2 * self.ww).sum()))
 
     @property
     def error(self) -> float:
-        """||Q - W|| / ||W||."""
-        total = float(self.ww.sum())
-        squared = float((self.qq - 2 * self.qw + self.ww).sum())
-        return (max(squared, 0.0) / total) ** 0.5 if total else float(self.qq.sum() > 0)
+        """||Q - W|| / ||Q||."""
+        return self.error_beside(None)
 
     @property
-    def scaled_error(self) -> float:
-        """The least of ||Q - W D|| / ||Q|| and ||Q - D W|| / ||Q|| over diagonal D."""
+    def column_error(self) -> float:
+        """The least ||Q - W D|| / ||Q|| over diagonal D."""
+        fitted = self.ww > 0
+        return self._relative(float(self.qq.sum() - (self.qw**2 / self.ww)[fitted].sum()))
+
+    @property
+    def row_error(self) -> float:
+        """The least ||Q - D W|| / ||Q|| over diagonal D."""
+        return self._relative(float(self.qq.sum()) - self.of_rows)
+
+    def _relative(self, squared: float) -> float:
         total = float(self.qq.sum())
-        if not total:
-            return 1.0
-        columns = float((self.qw**2 / self.ww)[self.ww > 0].sum())
-        return (max(total - max(columns, self.of_rows), 0.0) / total) ** 0.5
+        return (max(squared, 0.0) / total) ** 0.5 if total else (inf if squared > 0 else 0.0)
 
     @property
     def factor(self) -> float | None:
@@ -82,10 +91,11 @@ class Likeness:
         """The share of Q's magnitude that has W's sign."""
         return self.kept / self.signed if self.signed else 1.0
 
-    @property
-    def verdict(self) -> Verdict:
-        """Near as it is; near once rows or columns, not all alike, are scaled; or off."""
-        if self.error <= NEAR:
+    def verdict(self, scales: Tensor | None = None) -> Verdict:
+        """Near as it is, or beside columns scaled by D; near once rows or columns, not all alike, are scaled;
+        or off.
+        """
+        if self.error_beside(scales) <= NEAR:
             return "near"
-        alike = self.scaled_error <= NEAR or self.signs >= SAME_SIGNS
+        alike = min(self.column_error, self.row_error) <= NEAR or self.signs >= SAME_SIGNS
         return "scaled" if alike and self.factor is None else "off"

@@ -1,12 +1,13 @@
 """Whether a checkpoint is complete: compared with what transformers' class of its config.json consists of."""
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from math import prod
 from pathlib import Path
 
 from stages.model.plausible import require_possible_counts
 from stages.model.skeleton import Skeleton, load_config
+from stages.model.tensor_map import operations
 from stages.verify.findings import Finding, without_path
 from state.errors import InputError
 from state.source import TensorEntry
@@ -28,15 +29,24 @@ def skeleton_of(folder: Path, plain: Mapping[str, TensorEntry], trust_remote_cod
 def class_findings(skeleton: Skeleton, plain: Mapping[str, TensorEntry]) -> list[Finding]:
     """Parameters of the class that no tensor feeds, and weights of another size than the class has."""
     try:
-        return [*_experts(skeleton, plain), *_linears(skeleton, plain), *_others(skeleton, plain)]
+        feeding: dict[str, list[str]] = {}
+        for tensor, (parameter, _) in skeleton.parameter_of.items():
+            feeding.setdefault(parameter, []).append(tensor)
+        cut = _cut(skeleton, feeding)
+        return [
+            *_experts(skeleton, plain),
+            *_linears(skeleton, plain, cut),
+            *_others(skeleton, plain, feeding, cut),
+        ]
     except InputError as error:
         return [Finding("shape", "config.json", f"is of a model with other weights: {error}")]
 
 
-def _linears(skeleton: Skeleton, plain: Mapping[str, TensorEntry]) -> Iterator[Finding]:
+def _linears(skeleton: Skeleton, plain: Mapping[str, TensorEntry], cut: set[str]) -> Iterator[Finding]:
     for linear in skeleton.linears:
         name, wanted = f"{linear.hub}.weight", (linear.out_features, linear.in_features)
-        if name in plain and plain[name].shape != wanted:
+        is_cut = _beside(f"{linear.memory}.weight") in cut
+        if name in plain and plain[name].shape != wanted and not is_cut:
             yield _other_shape(plain[name], wanted)
 
 
@@ -47,9 +57,10 @@ def _experts(skeleton: Skeleton, plain: Mapping[str, TensorEntry]) -> Iterator[F
         if together:
             continue
         up = experts.up if len(experts.up) > experts.arranged.gated else ("gate_proj", "up_proj")
+        hub = _apart(skeleton, experts.memory) if experts.fused_on_hub else experts.hub
         for number in range(experts.count):
             for leaf in (*up, experts.down):
-                name = f"{experts.hub}.{number}.{leaf}.weight"
+                name = f"{hub}.{number}.{leaf}.weight"
                 wanted = (experts.intermediate, experts.hidden)
                 wanted = wanted[::-1] if leaf == experts.down else wanted
                 if name not in plain:
@@ -60,28 +71,54 @@ def _experts(skeleton: Skeleton, plain: Mapping[str, TensorEntry]) -> Iterator[F
                     yield _other_shape(plain[name], wanted)
 
 
-def _others(skeleton: Skeleton, plain: Mapping[str, TensorEntry]) -> Iterator[Finding]:
+def _apart(skeleton: Skeleton, memory: str) -> str:
+    """The hub name of experts that the hub holds together and the checkpoint one by one: of their module, as
+    those beside it are called.
+    """
+    parent, _, leaf = memory.rpartition(".")
+    return f"{skeleton.hub_name(parent)}.{leaf}"
+
+
+def _cut(skeleton: Skeleton, feeding: Mapping[str, Sequence[str]]) -> set[str]:
+    """What holds modules that are fed by one tensor which transformers cuts: the map names the first of the
+    parameters that it feeds.
+    """
+    return {
+        _beside(parameter)
+        for parameter, sources in feeding.items()
+        if len(sources) == 1 and operations(skeleton.model, sources)
+    }
+
+
+def _others(
+    skeleton: Skeleton,
+    plain: Mapping[str, TensorEntry],
+    feeding: Mapping[str, Sequence[str]],
+    cut: set[str],
+) -> Iterator[Finding]:
     """Parameters that nothing feeds, but for experts', tied ones and those that transformers does without."""
     model = skeleton.model
-    feeding: dict[str, list[str]] = {}
-    for tensor, (parameter, _) in skeleton.parameter_of.items():
-        feeding.setdefault(parameter, []).append(tensor)
     experts = tuple(f"{module.memory}." for module in skeleton.experts)
     patterns = getattr(model, "_keys_to_ignore_on_load_missing", None) or ()
     optional = [re.compile(pattern) for pattern in patterns]
     tied = dict(getattr(model, "all_tied_weights_keys", {}))
     for parameter, held in model.state_dict().items():
         sources = feeding.get(parameter, [])
+        if parameter.startswith(experts) or _beside(parameter) in cut:
+            continue
         if len(sources) == 1 and prod(plain[sources[0]].shape) != held.numel():
             yield _other_shape(plain[sources[0]], tuple(held.shape))
-        if sources or parameter.startswith(experts) or any(pattern.search(parameter) for pattern in optional):
+        if sources or any(pattern.search(parameter) for pattern in optional):
             continue
-        other = tied.get(parameter) or next(
-            (one for one, target in tied.items() if target == parameter), None
-        )
-        if other is None or other not in feeding:
+        partners = {tied.get(parameter), *(one for one, target in tied.items() if target == parameter)}
+        if not partners & feeding.keys():
             module, _, leaf = parameter.rpartition(".")
             yield Finding("missing-tensor", f"{skeleton.hub_name(module)}.{leaf}", "the model has it")
+
+
+def _beside(parameter: str) -> str:
+    """What holds the module that a parameter belongs to."""
+    return parameter.rpartition(".")[0].rpartition(".")[0]
 
 
 def _other_shape(entry: TensorEntry, wanted: tuple[int, ...]) -> Finding:

@@ -14,7 +14,8 @@ from stages.model.weights import map_tensor
 from stages.progress import Progress
 from stages.verify.dequantize import dequantized
 from stages.verify.findings import Finding
-from stages.verify.likeness import Likeness, Verdict
+from stages.verify.folded import best_of, explained_by, moved_scales
+from stages.verify.likeness import SAME_SIGNS, Likeness
 from stages.verify.modules import Inventory, Quantized
 from state.names import split_name
 from state.source import Source, TensorEntry
@@ -22,19 +23,24 @@ from state.source import Source, TensorEntry
 PIECE = 1 << 22
 """Elements of a weight that are compared at a time."""
 
+ROUNDED = 2.0**-7
+"""The largest relative error of a plain matrix that was scaled and rounded to 16 bits."""
+
 NOT_KEPT = ("rotary_emb.inv_freq",)
 """What no engine reads and transformers computes anew."""
 
 
 @dataclass
 class Compared:
-    """What a comparison found. scaled: modules whose weights agree once rows or columns are scaled. folded:
-    plain tensors beside such modules that were changed with them.
+    """What a comparison found. scaled: modules whose weights agree once rows or columns are scaled, by what
+    no tensor before them shows. moved: layer → norm that was changed → what it may have been divided by.
+    explained: changed tensors that weights behind them account for.
     """
 
     findings: list[Finding] = field(default_factory=list)
     scaled: list[str] = field(default_factory=list)
-    folded: list[str] = field(default_factory=list)
+    moved: dict[str, dict[str, list[Tensor]]] = field(default_factory=dict)
+    explained: set[str] = field(default_factory=set)
 
     @property
     def left_out(self) -> list[str]:
@@ -42,10 +48,21 @@ class Compared:
         if not self.scaled:
             return []
         return [
-            f"{len(self.scaled):,} weights are the source's with rows or columns scaled, as AWQ and "
-            f"SmoothQuant do, and {len(self.folded):,} plain tensors changed beside them: whether the scales "
-            "cancel out is not looked at"
+            f"{len(self.scaled):,} weights are the source's with rows or columns scaled, as AWQ does between "
+            "two linears: whether the scales cancel out is not looked at"
         ]
+
+    def scales_of(self, name: str, likeness: Likeness) -> Tensor | None:
+        """The scales that a tensor's columns were multiplied with, if a changed norm of its layer shows them;
+        that norm is explained then.
+        """
+        norms = self.moved.get(_layer(name), {})
+        best = explained_by(likeness, norms)
+        if best is None:
+            return None
+        norm, scales = best
+        self.explained.add(norm)
+        return scales
 
 
 def compare(
@@ -62,21 +79,28 @@ def compare(
     found = Compared()
     used = {skeleton.matrix(name).tensor for name in inventory.quantized} | plain.keys()
     found.findings += _dropped(source, skeleton, used)
-    scaled_layers = set()
+    weights = {module.tensor("weight") for module in inventory.quantized.values()}
+    changed = []
+    for name in sorted(plain.keys() - weights):
+        if (theirs := _other(name, checkpoint, source, skeleton, found)) is not None:
+            changed.append((name, theirs))
+            scales = moved_scales(theirs, map_tensor(checkpoint, name))
+            found.moved.setdefault(_layer(name), {})[name] = scales
+        progress.advance(plain[name].nbytes)
     for module in inventory.quantized.values():
         for name, matrix in _matrices(module, skeleton, source):
             if matrix.tensor not in source.tensors:
                 found.findings.append(Finding("source-added", name, "the source has no such weight"))
-                continue
-            verdict = _likeness(module, name, matrix, checkpoint, source, found)
-            if verdict == "scaled":
-                found.scaled.append(name)
-                scaled_layers.add(_layer(name))
+            else:
+                _likeness(module, name, matrix, checkpoint, source, found)
         progress.advance(module.codes.nbytes)
-    weights = {module.tensor("weight") for module in inventory.quantized.values()}
-    for name in sorted(plain.keys() - weights):
-        _unquantized(name, checkpoint, source, skeleton, scaled_layers, found)
-        progress.advance(plain[name].nbytes)
+    for name, theirs in changed:
+        _explain(name, map_tensor(checkpoint, name), theirs, found)
+    found.findings += [
+        Finding("source-changed", name, f"is not the source's, in {plain[name].dtype}")
+        for name, _ in changed
+        if name not in found.explained
+    ]
     return found
 
 
@@ -103,8 +127,8 @@ def _matrices(module: Quantized, skeleton: Skeleton, source: Source) -> list[tup
 
 def _likeness(
     module: Quantized, name: str, matrix: StoredMatrix, checkpoint: Source, source: Source, found: Compared
-) -> Verdict | None:
-    """Compare a weight; None where it can't be, for a reason that other rules name."""
+) -> None:
+    """Compare a weight, where it can be; where not, other rules say why."""
     algo, sizes = module.algo, module.sizes
     if (
         algo is None
@@ -114,11 +138,11 @@ def _likeness(
             for leaf in algo.leaves
         )
     ):
-        return None
+        return
     if matrix.shape(source.tensors) != sizes:
         said = f"is of a weight {list(sizes)}, the source's is {list(matrix.shape(source.tensors))}"
         found.findings.append(Finding("source-weights", name, said))
-        return None
+        return
     theirs = matrix.part(map_tensor(source, matrix.tensor, matrix.expert))
     likeness = Likeness.of(sizes[1])
     stored = _stored(module, checkpoint, matrix.expert if module.together else None)
@@ -135,14 +159,15 @@ def _likeness(
         IndexError,
         KeyError,
     ):  # shapes that contradict each other have findings of their own
-        return None
-    verdict = likeness.verdict
-    if verdict == "off":
-        factor = likeness.factor if likeness.scaled_error < 1 else None
-        scaled = f", {factor:.3g} times it" if factor is not None and likeness.signs > 0.9 else ""
-        said = f"is not near the source's: relative error {likeness.error:.3g}{scaled}"
+        return
+    verdict = likeness.verdict(found.scales_of(name, likeness))
+    if verdict == "scaled":
+        found.scaled.append(name)
+    elif verdict == "off":
+        factor = likeness.factor if likeness.signs > SAME_SIGNS else None
+        times = f", {factor:.3g} times it" if factor is not None else ""
+        said = f"is not near the source's: relative error {likeness.error:.3g}{times}"
         found.findings.append(Finding("source-weights", name, said))
-    return verdict
 
 
 def _stored(module: Quantized, checkpoint: Source, expert: int | None) -> dict[str, Tensor]:
@@ -156,33 +181,40 @@ def _stored(module: Quantized, checkpoint: Source, expert: int | None) -> dict[s
     return found
 
 
-def _unquantized(
-    name: str,
-    checkpoint: Source,
-    source: Source,
-    skeleton: Skeleton,
-    scaled_layers: set[str],
-    found: Compared,
-) -> None:
-    entry, matrix = checkpoint.tensors[name], skeleton.matrix(name.removesuffix(".weight"))
+def _other(
+    name: str, checkpoint: Source, source: Source, skeleton: Skeleton, found: Compared
+) -> Tensor | None:
+    """The source's tensor, where an unquantized one is another and of the same shape."""
+    matrix = skeleton.matrix(name.removesuffix(".weight"))
     if attention_of(name) is not None:
-        return
+        return None
     if name in source.tensors:
         theirs = map_tensor(source, name)
     elif matrix.tensor in source.tensors:
         theirs = matrix.part(map_tensor(source, matrix.tensor, matrix.expert))
     else:
         found.findings.append(Finding("source-added", name, "the source has no such tensor"))
-        return
+        return None
     ours = map_tensor(checkpoint, name)
-    if ours.shape != theirs.shape:
-        said = f"is {list(ours.shape)}, the source's is {list(theirs.shape)}"
-        found.findings.append(Finding("source-changed", name, said))
-    elif not _same_bits(ours, theirs):
-        if _layer(name) in scaled_layers and ours.is_floating_point() and ours.isfinite().all():
-            found.folded.append(name)
-        else:
-            found.findings.append(Finding("source-changed", name, f"is not the source's, in {entry.dtype}"))
+    if ours.shape == theirs.shape:
+        return None if _same_bits(ours, theirs) else theirs
+    said = f"is {list(ours.shape)}, the source's is {list(theirs.shape)}"
+    found.findings.append(Finding("source-changed", name, said))
+    return None
+
+
+def _explain(name: str, ours: Tensor, theirs: Tensor, found: Compared) -> None:
+    """Whether a changed matrix, such as a router's, was multiplied with what a norm of its layer was divided
+    by.
+    """
+    if ours.dim() != 2 or not ours.is_floating_point():
+        return
+    likeness = Likeness.of(ours.shape[1])
+    for mine, its in zip(ours.split(1024), theirs.split(1024), strict=True):
+        likeness.add(mine.float(), its.float())
+    error, norm, _ = best_of(likeness, found.moved.get(_layer(name), {}))
+    if error < ROUNDED and norm in found.explained:
+        found.explained.add(name)
 
 
 def _same_bits(ours: Tensor, theirs: Tensor) -> bool:

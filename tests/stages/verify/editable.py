@@ -42,6 +42,13 @@ class Editable:
         )
         return cls(tensors, file_of, config, own)
 
+    @staticmethod
+    def read_tensors(folder: Path) -> dict[str, torch.Tensor]:
+        """Every tensor of a folder, by name."""
+        return {
+            name: value for path in folder.glob("*.safetensors") for name, value in load_file(path).items()
+        }
+
     def write(self, folder: Path) -> None:
         """Every shard, the index where there are several shards, and both configurations."""
         files: dict[str, dict[str, torch.Tensor]] = {}
