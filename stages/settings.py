@@ -183,6 +183,11 @@ class ExportSettings(Settings):
         description="Weights that the source holds in MXFP4 and the recipe puts into NVFP4: new scales by "
         "max, or the source's powers of two, under which all values that fit them come out the same.",
     )
+    target: Target = Field(
+        default="any",
+        description="Engine that has to load it: what that one does not load is refused before anything is "
+        "written.",
+    )
     overwrite: bool = Field(
         default=False, description="Replace another export that is at OUT; files that are not its own stay."
     )

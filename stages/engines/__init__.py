@@ -1,7 +1,10 @@
-"""What serving engines accept, as data and pure functions of names, dtypes and shapes: vLLM, SGLang and
-TensorRT-LLM. Export refuses by these rules before it writes, and verify judges what is there.
+"""What vLLM, SGLang and TensorRT-LLM accept, as data and as rules over names, dtypes, shapes and scales.
 
-No tensor is read here and nothing is imported but the standard library and names of fused linears.
+Export refuses by these rules before it writes, and looks at what it wrote; verify judges any checkpoint.
+
+    algos, exclusion, kv, stated, judge   what engines ask for and how they read: pure, of names alone
+    files, modules                        a checkpoint's headers and configurations, by module
+    layout, scalars, standing             the rules; findings has them by name
 """
 
 from typing import Literal, get_args

@@ -5,10 +5,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from math import prod
 from pathlib import Path
 
+from stages.engines.findings import Finding, without_path
 from stages.model.plausible import require_possible_counts
 from stages.model.skeleton import Skeleton, load_config
 from stages.model.tensor_map import operations
-from stages.verify.findings import Finding, without_path
 from state.errors import InputError
 from state.source import TensorEntry
 

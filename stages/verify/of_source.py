@@ -7,16 +7,16 @@ import torch
 from torch import Tensor
 
 from stages.engines.algos import AWQ_SCALE
+from stages.engines.findings import Finding
 from stages.engines.kv import attention_of
+from stages.engines.modules import Inventory, Quantized
 from stages.model.matrices import StoredMatrix
 from stages.model.skeleton import Skeleton
 from stages.model.weights import map_tensor
 from stages.progress import Progress
 from stages.verify.dequantize import dequantized
-from stages.verify.findings import Finding
 from stages.verify.folded import best_of, explained_by, moved_scales
 from stages.verify.likeness import SAME_SIGNS, Likeness
-from stages.verify.modules import Inventory, Quantized
 from state.names import split_name
 from state.source import Source, TensorEntry
 

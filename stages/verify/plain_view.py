@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from math import prod
 
-from stages.verify.modules import Inventory, Quantized
+from stages.engines.modules import Inventory, Quantized
 from state.source import TensorEntry
 
 HALF = "BF16"

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from stages.engines import Engine
-from stages.verify.findings import RULES, Finding
+from stages.engines.findings import RULES, Finding
 
 REPORT = "verify_report.json"
 

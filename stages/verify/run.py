@@ -3,16 +3,16 @@
 from collections import Counter
 from collections.abc import Mapping
 
+from stages.engines.files import Files, read_files
+from stages.engines.findings import Finding
+from stages.engines.layout import layout_findings, unknown_algo
+from stages.engines.modules import Inventory, take_stock
+from stages.engines.standing import engine_findings
 from stages.model.dequantize.source import open_source, told_of_quantized
 from stages.model.folder import locate
 from stages.model.skeleton import Skeleton, load_config
 from stages.progress import Progress, Silent
 from stages.settings import VerifySettings
-from stages.verify.engines import engine_findings
-from stages.verify.files import Files, read_files
-from stages.verify.findings import Finding
-from stages.verify.layout import layout_findings, unknown_algo
-from stages.verify.modules import Inventory, take_stock
 from stages.verify.of_class import class_findings, skeleton_of
 from stages.verify.of_source import Compared, compare
 from stages.verify.plain_view import plain_view

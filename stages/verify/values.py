@@ -1,17 +1,16 @@
 """Rules over values, every one of them read: streaming, a piece of one tensor in memory at a time."""
 
-import math
 from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
 
 from stages.engines.algos import Algo, Leaf
-from stages.engines.judge import fused_groups
+from stages.engines.findings import Finding
+from stages.engines.modules import Inventory, Quantized
+from stages.engines.scalars import scale_findings, shared_findings
 from stages.model.weights import OTHER_DTYPES, TORCH_DTYPES, map_tensor
 from stages.progress import Progress
-from stages.verify.findings import Finding
-from stages.verify.modules import Inventory, Quantized
 from state.source import Source, TensorEntry
 
 PIECE = 1 << 26
@@ -35,7 +34,7 @@ def value_findings(source: Source, inventory: Inventory, progress: Progress) -> 
         module, leaf = roles.get(entry.name, (None, None))
         if entry.dtype in TORCH_DTYPES or entry.dtype in OTHER_DTYPES:
             if entry.name in inventory.kv or (leaf is not None and leaf.role in ("scalar", "vector")):
-                yield from _scale(source, entry)
+                yield from scale_findings(source, entry)
             elif module is not None and leaf is not None and leaf.role == "blocks":
                 yield from _blocks(source, entry, module, leaf)
             elif entry.dtype == "F8_E4M3":
@@ -43,29 +42,7 @@ def value_findings(source: Source, inventory: Inventory, progress: Progress) -> 
             elif entry.dtype in TORCH_DTYPES:
                 yield from _plain(source, entry)
         progress.advance(entry.nbytes)
-    yield from _shared(source, inventory)
-
-
-def scalar_findings(source: Source, inventory: Inventory) -> Iterator[Finding]:
-    """The part of `value_findings` that takes no reading of weights: scales of one value, and those that
-    fused linears share.
-    """
-    for module in inventory.quantized.values():
-        for leaf in module.algo.leaves if module.algo is not None else ():
-            if leaf.role == "scalar" and (entry := module.tensors.get(leaf.name)) is not None:
-                yield from _scale(source, entry)
-    for name in inventory.kv:
-        yield from _scale(source, source.tensors[name])
-    yield from _shared(source, inventory)
-
-
-def _scale(source: Source, entry: TensorEntry) -> Iterator[Finding]:
-    values = map_tensor(source, entry.name).float().reshape(-1)
-    bad = ~(values.isfinite() & (values > 0))
-    if bad.any():
-        first = values[bad][0].item()
-        more = f", and {int(bad.sum()) - 1} more of {len(values)}" if int(bad.sum()) > 1 else ""
-        yield Finding("scale-value", entry.name, f"is {first:g}{more}; it must be finite and above 0")
+    yield from shared_findings(source, inventory)
 
 
 def _blocks(source: Source, entry: TensorEntry, module: Quantized, leaf: Leaf) -> Iterator[Finding]:
@@ -137,31 +114,6 @@ def _plain(source: Source, entry: TensorEntry) -> Iterator[Finding]:
     bad = sum(int((~piece.isfinite()).sum()) for piece in _pieces(values))
     if bad:
         yield Finding("not-finite", entry.name, f"{bad:,} of {values.numel():,} values are not finite")
-
-
-def _shared(source: Source, inventory: Inventory) -> Iterator[Finding]:
-    """Scales of which an engine keeps one for several linears."""
-    for group in fused_groups(inventory.quantized):
-        algos = {inventory.quantized[member].algo for member in group}
-        algo = algos.pop()
-        if algos or algo is None:
-            continue
-        for leaf in algo.equal:
-            found = {
-                member: _value(source, entry)
-                for member in group
-                if (entry := inventory.quantized[member].tensors.get(leaf)) is not None
-            }
-            if len(set(found.values())) > 1:
-                said = ", ".join(f"{name.rpartition('.')[2]} {value:g}" for name, value in found.items())
-                yield Finding(
-                    "fused-scales", group[0], f"{leaf} differs in a group that engines run as one: {said}"
-                )
-
-
-def _value(source: Source, entry: TensorEntry) -> float:
-    values = map_tensor(source, entry.name).float().reshape(-1)
-    return values[0].item() if len(values) else math.nan
 
 
 def _pieces(values: Tensor) -> Sequence[Tensor]:

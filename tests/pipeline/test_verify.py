@@ -8,7 +8,7 @@ from typer.testing import CliRunner
 from pipeline.cli import app
 from pipeline.verify import print_verification
 from stages.engines import ENGINES
-from stages.verify.findings import Finding
+from stages.engines.findings import Finding
 from stages.verify.report import VerifyReport
 from state.errors import InputError
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from stages.verify.findings import RULES
+from stages.engines.findings import RULES
 from tests.stages.verify.conftest import RECIPES
 from tests.stages.verify.editable import INDEX, Editable, copied, damaged, verified
 from tests.stages.verify.mutations import FOUND_BY_STRUCTURE

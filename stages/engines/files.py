@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from stages.engines.algos import ALGOS
+from stages.engines.findings import Finding, without_path
 from stages.engines.stated import Stated, differences, group_faults, inline, separate
-from stages.verify.findings import Finding, without_path
 from state.errors import InputError
 from state.source import Source, read_json
 from state.weights_file import INDEX, SINGLE

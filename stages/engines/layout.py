@@ -4,11 +4,11 @@ from collections.abc import Iterator, Mapping
 
 from stages.engines.algos import ALGOS, MIXED
 from stages.engines.exclusion import EXPERT
+from stages.engines.findings import Finding
 from stages.engines.judge import fused_groups, misfit
 from stages.engines.kv import attention_of, attentions, kv_scale_names
+from stages.engines.modules import Inventory, Quantized
 from stages.engines.stated import Stated
-from stages.verify.findings import Finding
-from stages.verify.modules import Inventory, Quantized
 from state.names import split_name
 from state.source import TensorEntry
 

@@ -1,13 +1,11 @@
 """What engines make of a checkpoint: who loads it, and what those who do would take for something else."""
 
-from collections.abc import Mapping, Sequence
-
 from stages.engines import ENGINES, SHOWN, Engine
+from stages.engines.findings import Finding
 from stages.engines.judge import faults, loads
+from stages.engines.modules import Inventory
 from stages.engines.stated import Stated
 from stages.settings import Target
-from stages.verify.findings import Finding
-from stages.verify.modules import Inventory
 
 
 def engine_findings(
@@ -34,8 +32,3 @@ def engine_findings(
     if target != "any":
         findings += [Finding("not-loaded", SHOWN[target], why, (target,)) for why in reasons[target]]
     return reasons, findings
-
-
-def told(engines: Mapping[Engine, Sequence[str]]) -> str:
-    """For people: the engines that load a checkpoint."""
-    return ", ".join(SHOWN[engine] for engine in ENGINES if not engines[engine]) or "none that is known"

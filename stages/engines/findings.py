@@ -12,7 +12,7 @@ RULES = {
     "config-disagree": "both configurations say the same",
     "config-groups": "config_groups and quantized_layers say the same as the rest",
     "group-size": "the group size is the format's",
-    # layout.py
+    # layout.py, and verify/of_class.py
     "missing-tensor": "every tensor that an engine asks for is there",
     "extra-tensor": "no tensor is there that the format does not have",
     "dtype": "every tensor has the format's dtype",
@@ -22,17 +22,17 @@ RULES = {
     "fused-formats": "linears that engines fuse, and a layer's experts, are in one format",
     "kv-undeclared": "scales of KV caches are there only if the configuration says so",
     "kv-missing": "where the configuration says so, every attention has them",
-    # engines/judge.py
+    # judge.py
     "excluded-quantized": "the list of unquantized modules names no quantized one to an engine",
     "not-excluded": "the list names every unquantized module that engines build",
     "not-loaded": "the engine that was asked for loads such a checkpoint",
-    # values.py
+    # scalars.py, and verify/values.py
     "scale-value": "scales of whole tensors, rows and inputs are finite and above 0",
     "block-scale": "block scales are finite and not below 0, and 0 only where all their codes are",
     "fused-scales": "fused linears share the scales that an engine keeps one of",
     "code-nan": "no code stands for NaN",
     "not-finite": "plain tensors are finite",
-    # source.py
+    # verify/of_source.py
     "source-dropped": "every tensor of the source is there, as it is or quantized",
     "source-added": "no tensor is there that does not come from the source",
     "source-changed": "what is not quantized is the source's, bit for bit",
