@@ -144,9 +144,10 @@ def verify(settings: VerifySettings, progress: Progress | None = None) -> "Verif
     Raises:
         InputError: there is no checkpoint, or none in a layout that is known; or the source can't be read.
     """
+    from stages.measure.run import measure
     from stages.verify.run import verify
 
-    return verify(settings, progress or Silent())
+    return verify(settings, progress or Silent(), measure)
 
 
 def capture(

@@ -107,15 +107,18 @@ def verify(settings: VerifySettings) -> None:
     `holdfast verify exports/qwen3-nvfp4`
 
     `holdfast verify exports/qwen3-nvfp4 --target vllm`
+
+    `holdfast verify exports/qwen3-nvfp4 --numeric --model Qwen/Qwen3-30B-A3B --data held-out.jsonl`
     """
     from pipeline.progress import reporting
     from pipeline.verify import print_verification
 
     with reporting() as progress:
         progress.stage("loading libraries")
+        from stages.measure.run import measure
         from stages.verify.run import verify
 
-        report = verify(settings, progress)
+        report = verify(settings, progress, measure)
     print_verification(report, settings.out)
 
 

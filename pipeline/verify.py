@@ -1,5 +1,6 @@
 """What a verification found, as a table; anything wrong ends the command with exit code 2."""
 
+from math import exp
 from pathlib import Path
 
 from rich.console import Console
@@ -8,6 +9,7 @@ from rich.table import Table
 from pipeline.progress import quantity
 from pipeline.tables import print_rows
 from stages.engines import SHOWN
+from stages.verify.numbers import Numbers
 from stages.verify.report import REPORT, VerifyReport
 from state.errors import InputError
 
@@ -26,6 +28,7 @@ def print_verification(report: VerifyReport, out: Path) -> None:
         *((f"stored as {name}", f"{count:,}") for name, count in report.formats.items()),
         ("read", f"{report.tensors:,} tensors, {quantity(report.nbytes, 'bytes')}"),
         *((SHOWN[engine], _standing(report, engine)) for engine in report.engines),
+        *(_numbers(report.numbers) if report.numbers is not None else ()),
         *(("left out", words) for words in report.left_out),
     ]
     print_rows(rows)
@@ -33,10 +36,26 @@ def print_verification(report: VerifyReport, out: Path) -> None:
         _print_findings(report)
         rules = ", ".join(f"{rule} ({count:,})" for rule, count in report.counts().items())
         raise InputError(
-            f"{out}: {len(report.findings):,} findings: {rules}; all of them are in {out / REPORT}. Don't "
-            "serve it: export it again, or fetch it again from where it came"
+            f"{out}: {len(report.findings):,} things are wrong: {rules}; all of them are in {out / REPORT}. "
+            "Don't serve it: export it again, or fetch it again from where it came"
         )
     print(f"nothing is wrong with {out}")
+
+
+def _numbers(numbers: Numbers) -> list[tuple[str, str]]:
+    layers = ", ".join(f"{error:.3f}" for error in numbers.layers)
+    worst = ", ".join(f"{name} {error:.3f}" for name, error in numbers.worst.items())
+    loss = f"{numbers.loss:.4f}, {numbers.increase:+.4f} ± {numbers.error:.4f} over {numbers.source_loss:.4f}"
+    perplexity = f"{exp(numbers.loss):.3f} over {exp(numbers.source_loss):.3f}"
+    return [
+        ("text", f"{numbers.windows:,} windows, {numbers.tokens:,} tokens predicted"),
+        ("loss", f"{loss} of the source"),
+        ("perplexity", f"{perplexity} of the source"),
+        ("KL", f"{numbers.kl:.4f} nats per token"),
+        ("agreement", f"{numbers.agreement:.2%} of tokens have the same likeliest successor"),
+        ("by layer", f"relative error {layers}"),
+        ("furthest", worst),
+    ]
 
 
 def _standing(report: VerifyReport, engine: str) -> str:

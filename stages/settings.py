@@ -217,4 +217,20 @@ class VerifySettings(Settings):
         description="The model it was made from, a folder or hub id: every tensor is compared with it.",
     )
     revision: str | None = Field(default=None, description="Branch, tag or commit of MODEL on the hub.")
+    numeric: bool = Field(
+        default=False,
+        description="Run the checkpoint and MODEL on DATA, one decoder layer at a time, inputs rounded as "
+        "engines round them: loss, KL, agreement, errors by layer.",
+    )
+    data: OptionalPlace = Field(
+        default=None, description="Text that calibration has not seen, in any form that calibrate takes."
+    )
+    samples: int = Field(default=32, gt=0, description="Windows of DATA.")
+    seq: int = Field(default=512, gt=1, description="Tokens per window.")
+    batch: int = Field(default=4, gt=0, description="Windows per forward.")
+    device: str = Field(default="auto", description="Where --numeric computes: auto, cpu, cuda or cuda:N.")
+    max_loss_increase: float | None = Field(
+        default=None,
+        description="Nats per token that the checkpoint may cost beside MODEL; more is a finding.",
+    )
     trust_remote_code: bool = Field(default=False, description="Run Python code that comes with the model.")

@@ -37,6 +37,8 @@ RULES = {
     "source-added": "no tensor is there that does not come from the source",
     "source-changed": "what is not quantized is the source's, bit for bit",
     "source-weights": "quantized weights are the source's, as near as their format comes",
+    # verify/run.py, with --numeric
+    "loss-increase": "the loss is no further from the source's than --max-loss-increase allows",
 }
 """Rule → what holds where nothing is found."""
 

@@ -8,8 +8,11 @@ from typing import Any
 
 from stages.engines import Engine
 from stages.engines.findings import RULES, Finding
+from stages.verify.numbers import Numbers
 
 REPORT = "verify_report.json"
+WORTH = ("source-", "loss-")
+"""What rules begin with that engines know nothing of."""
 
 
 @dataclass(frozen=True)
@@ -18,7 +21,7 @@ class VerifyReport:
 
     target: the engine that was asked for, or `any`. formats: `quant_algo` → modules in it. engines: engine →
     why it does not load the checkpoint; empty where it does. left_out: what was not looked at, and why.
-    tensors, nbytes: of the checkpoint.
+    tensors, nbytes: of the checkpoint. numbers: of `--numeric`.
     """
 
     target: str
@@ -30,6 +33,7 @@ class VerifyReport:
     nbytes: int
     findings: Sequence[Finding]
     left_out: Sequence[str] = field(default_factory=tuple)
+    numbers: Numbers | None = None
 
     @property
     def whole(self) -> bool:
@@ -37,8 +41,12 @@ class VerifyReport:
         return not self.findings
 
     def loads(self, engine: Engine) -> bool:
-        """Whether an engine loads the checkpoint as it is."""
-        concerned = [f for f in self.findings if not f.engines or engine in f.engines]
+        """Whether an engine loads the checkpoint and reads it rightly, whatever its weights are worth."""
+        concerned = [
+            finding
+            for finding in self.findings
+            if (not finding.engines or engine in finding.engines) and not finding.rule.startswith(WORTH)
+        ]
         return not self.engines[engine] and not concerned
 
     def counts(self) -> dict[str, int]:
@@ -71,4 +79,6 @@ class VerifyReport:
             ],
             "left_out": list(self.left_out),
         }
+        if self.numbers is not None:
+            content["numeric"] = self.numbers.content()
         return (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode()

@@ -1,10 +1,12 @@
 """Verify: every rule over every tensor of a checkpoint, and a report of it."""
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from math import isfinite
 
 from stages.engines.files import Files, read_files
-from stages.engines.findings import Finding
+from stages.engines.findings import Finding, without_path
 from stages.engines.layout import layout_findings, unknown_algo
 from stages.engines.modules import Inventory, take_stock
 from stages.engines.standing import engine_findings
@@ -13,25 +15,70 @@ from stages.model.folder import locate
 from stages.model.skeleton import Skeleton, load_config
 from stages.progress import Progress, Silent
 from stages.settings import VerifySettings
+from stages.verify.numbers import Numbers
 from stages.verify.of_class import class_findings, skeleton_of
 from stages.verify.of_source import Compared, compare
 from stages.verify.plain_view import plain_view
 from stages.verify.report import REPORT, VerifyReport
 from stages.verify.values import value_findings
 from state.durable import Disk
+from state.errors import InputError
 from state.source import Source, TensorEntry
 
+Measure = Callable[[VerifySettings, Progress], Numbers]
 
-def verify(settings: VerifySettings, progress: Progress | None = None) -> VerifyReport:
+
+def verify(
+    settings: VerifySettings, progress: Progress | None = None, measure: Measure | None = None
+) -> VerifyReport:
     """Look at a checkpoint, and write OUT/verify_report.json, whatever is found.
 
+    Args:
+        measure: what `--numeric` is done by (stages/measure), where it is asked for.
+
     Raises:
-        InputError: there is no checkpoint, or none in a layout that is known; or the source can't be read.
+        InputError: there is no checkpoint, or none in a layout that is known; or the source can't be read; or
+            numbers are asked for without what they take.
     """
     progress = progress or Silent()
+    if settings.numeric:
+        require_text(settings)
     report = examine(settings, progress)
+    if settings.numeric and measure is not None:
+        report = _with_numbers(report, settings, progress, measure)
     Disk().publish(settings.out / REPORT, report.encode())
     return report
+
+
+def require_text(settings: VerifySettings) -> None:
+    """Raise InputError where numbers are asked for without a model to compare with, or text to do it on."""
+    lacking = "--model" if settings.model is None else "--data" if settings.data is None else None
+    if lacking is not None:
+        raise InputError(
+            f"--numeric needs {lacking}: it runs the checkpoint and the model it was made from on text that "
+            "calibration has not seen; such as --model MODEL --data held-out.jsonl"
+        )
+
+
+def _with_numbers(
+    report: VerifyReport, settings: VerifySettings, progress: Progress, measure: Measure
+) -> VerifyReport:
+    """The report with numbers; without them, and saying why, where a damaged checkpoint gives none."""
+    try:
+        numbers = measure(settings, progress)
+    except InputError as error:
+        if report.whole:
+            raise
+        why = f"numbers: {without_path(settings.out, str(error))}"
+        return replace(report, left_out=(*report.left_out, why))
+    limit, found = settings.max_loss_increase, list(report.findings)
+    if not isfinite(numbers.loss):
+        found.append(Finding("loss-increase", "loss", f"is {numbers.loss}"))
+    elif limit is not None and numbers.increase > limit:
+        says = f"is {numbers.increase:.4f} nats a token above the source's {numbers.source_loss:.4f}"
+        found.append(Finding("loss-increase", "loss", f"{says}, and {limit:g} are allowed"))
+    left_out = (*report.left_out, *numbers.left_out)
+    return replace(report, findings=tuple(found), left_out=left_out, numbers=numbers)
 
 
 def examine(settings: VerifySettings, progress: Progress) -> VerifyReport:

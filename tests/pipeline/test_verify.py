@@ -38,7 +38,7 @@ def test_a_whole_checkpoint(capsys: pytest.CaptureFixture[str]) -> None:
 def test_what_is_wrong_is_named_and_ends_the_command(capsys: pytest.CaptureFixture[str]) -> None:
     many = [Finding("missing-tensor", f"experts.{n}", "is gone", ("vllm",)) for n in range(12)]
     with pytest.raises(
-        InputError, match=r"13 findings: missing-tensor \(12\), config \(1\); all of them are in"
+        InputError, match=r"13 things are wrong: missing-tensor \(12\), config \(1\); all of them are in"
     ):
         print_verification(report(*many, Finding("config", "config.json", "is [missing]")), Path("out"))
     shown = capsys.readouterr().out

@@ -26,7 +26,7 @@ from stages.calibrate.forward.buffers import HIDDEN, Limits, State
 from stages.calibrate.forward.calls import Calls, LayerCall
 from stages.calibrate.forward.hidden import ARGUMENTS_FOLDER, HIDDEN_FOLDER, HiddenStates
 from stages.calibrate.forward.kept import Circumstances
-from stages.calibrate.forward.layer_weights import OUTSIDE, Weights, materialise_buffers
+from stages.calibrate.forward.layer_weights import HEAD, OUTSIDE, Weights, materialise_buffers
 from stages.calibrate.forward.rehearsal import TOKENS, Rehearsal
 from stages.model.decoder import find_decoder
 from stages.model.skeleton import Skeleton
@@ -171,6 +171,32 @@ class LayerwiseForward:
                 yield LayerStep(layer, self.decoder.name(layer), module, self._states, rehearsal)
             self._calls.drop(layer)
             self._states.turn()
+
+    def logits(self, batch: int, hidden: torch.Tensor) -> torch.Tensor:
+        """What the parent makes of the hidden state behind the last layer, once all layers have run:
+        `[windows, seq, vocabulary]`.
+        """
+        self._load_outside()
+        self._load_head()
+        found = []
+        hook = self.decoder.model.register_forward_hook(lambda _module, _args, out: found.append(out.logits))
+        try:
+            with self._beside.run():
+                finish(self.decoder, self._batches[batch], hidden.clone, self._returns, logits=True)
+        finally:
+            hook.remove()
+        self._beside.join(found)
+        return found[0]
+
+    def _load_head(self) -> None:
+        """Load the output head, or give it the embedding that it is tied to."""
+        if self._weights.absent(HEAD):
+            self._weights.load(HEAD, self._weights.read(HEAD))
+            self._beside.follow()
+        model = self.decoder.model
+        head = model.get_output_embeddings()
+        if head.weight.is_meta:
+            head.weight = model.get_input_embeddings().weight
 
     def _rehearsal(self, layer: int) -> Rehearsal | None:
         """With the short window, where hidden states alone are handed on; else with the first batch."""
