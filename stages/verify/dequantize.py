@@ -37,10 +37,13 @@ def dequantized(algo: Algo, stored: Mapping[str, Tensor], rows: slice) -> Tensor
         return weight * held.float().reshape(())
     if scale.role == "vector":
         return weight * held[rows].float()[:, None]
-    matrix = held.float().reshape(held.shape[0], -1)
-    of_row = torch.arange(rows.start, rows.start + len(weight)) // scale.rows
-    of_column = torch.arange(weight.shape[1]) // scale.columns
-    weight = weight * matrix[of_row][:, of_column]
+    matrix = held.reshape(held.shape[0], -1)
+    first, last = rows.start // scale.rows, -(-rows.stop // scale.rows)
+    steps = matrix[first:last].float()
     if scale.dtype == "F8_E4M3":
-        weight = weight * stored["weight_scale_2"].float().reshape(())
-    return weight
+        steps = steps * stored["weight_scale_2"].float().reshape(())
+    if scale.rows > 1:
+        steps = steps.repeat_interleave(scale.rows, 0)[: len(weight)]
+    blocks = torch.nn.functional.pad(weight, (0, -weight.shape[1] % scale.columns))
+    scaled = blocks.unflatten(-1, (-1, scale.columns)).mul_(steps[..., None]).flatten(-2)
+    return scaled[:, : weight.shape[1]]

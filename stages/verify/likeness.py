@@ -42,15 +42,15 @@ class Likeness:
 
     def add(self, quantized: Tensor, source: Tensor) -> None:
         """Some rows, f32 `[rows, K]` both."""
-        q, w = quantized.double(), source.double()
-        both = q * w
-        self.qq += (q * q).sum(0)
+        both, squares = quantized * source, source.square()
+        self.qq += quantized.square().sum(0)
         self.qw += both.sum(0)
-        self.ww += (w * w).sum(0)
-        rows = (w * w).sum(1)
-        self.of_rows += float((both.sum(1) ** 2 / rows)[rows > 0].sum())
-        self.kept += float((q.abs() * (both > 0)).sum())
-        self.signed += float(q.abs().sum())
+        self.ww += squares.sum(0)
+        rows = squares.sum(1)
+        self.of_rows += float((both.sum(1).square() / rows)[rows > 0].double().sum())
+        magnitude = quantized.abs()
+        self.signed += float(magnitude.sum(1).double().sum())
+        self.kept += float(magnitude.mul_(both > 0).sum(1).double().sum())
 
     def error_beside(self, scales: Tensor | None) -> float:
         """||Q - W D|| / ||Q||. scales: D, f64 `[K]`; None for one. Infinite where Q alone is 0."""
