@@ -5,7 +5,8 @@ A linear is `[rows, columns]`, W = values * scales. Experts are linears by thems
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import cache
 from math import ceil
 from typing import Literal, NamedTuple
 
@@ -136,6 +137,12 @@ ALGOS: dict[str, Algo] = {
             mixed=VLLM_SGLANG,
         ),
         Algo(
+            "MXFP4",
+            (Leaf("weight", "codes", "U8", 1, 2), Leaf("weight_scale", "blocks", "U8", 1, 32)),
+            32,
+            divides=(1, 32),
+        ),
+        Algo(
             "NVFP4_AWQ",
             (*_NVFP4, _INPUT, _SEPARATE),
             16,
@@ -180,11 +187,26 @@ INSTEAD = {
 OTHERWISE = "choose a recipe such as nvfp4 or fp8"
 
 
-def refusal(engine: Engine, algo: str, kind: Kind, mixed: bool) -> str | None:
+@cache
+def algo_in_groups(name: str | None, group_size: int | None = None) -> Algo | None:
+    """A format by its name, with groups of another size where it has any; None for one that is not known."""
+    algo = ALGOS.get(name or "")
+    if algo is None or algo.group_size is None or group_size in (None, algo.group_size):
+        return algo
+    leaves = tuple(
+        leaf._replace(columns=group_size) if leaf.role == "blocks" else leaf for leaf in algo.leaves
+    )
+    divides = (algo.divides[0], group_size)
+    return replace(algo, leaves=leaves, group_size=group_size, divides=divides)
+
+
+def refusal(engine: Engine, algo: str, kind: Kind, mixed: bool, group_size: int | None = None) -> str | None:
     """Why an engine does not load modules of a kind in a format, as the rest of a sentence; None: it does."""
     found = ALGOS.get(algo)
     if found is None:
         return f"knows no quant_algo {algo}"
+    if found.group_size is not None and group_size not in (None, found.group_size):
+        return f"loads {algo} in groups of {found.group_size} alone, not of {group_size}"
     table = found.mixed if mixed else found.loads
     if kind in table.get(engine, ()):
         return None

@@ -5,7 +5,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from stages.engines.algos import ALGOS
 from stages.engines.findings import Finding, without_path
 from stages.engines.stated import Stated, differences, group_faults, inline, separate
 from state.errors import InputError
@@ -100,23 +99,9 @@ def _stated(
         findings += [Finding("config-groups", CONFIG, says) for says in group_faults(written, first)]
     if first is not None and second is not None:
         findings += [Finding("config-disagree", CONFIG, says) for says in differences(first, second)]
-    for source, said in ((CONFIG, first), (SEPARATE, second)):
-        findings += [] if said is None else _group_sizes(source, said)
     if stated.algo is None and stated.kv is None:
         findings.append(Finding("config", CONFIG, "says no quant_algo"))
     return stated
-
-
-def _group_sizes(file: str, stated: Stated) -> list[Finding]:
-    said = [("", stated.algo, stated.group_size)]
-    said += [(f" of {name}", layer.algo, layer.group_size) for name, layer in stated.layers.items()]
-    return [
-        Finding(
-            "group-size", file, f"says a group size of {size}{of}, and {algo} has {ALGOS[algo].group_size}"
-        )
-        for of, algo, size in said
-        if algo in ALGOS and size is not None and size != ALGOS[algo].group_size
-    ]
 
 
 def _json(folder: Path, name: str, findings: list[Finding]) -> dict[str, Any] | None:

@@ -11,8 +11,8 @@ RULES = {
     "config": "config.json and hf_quant_config.json are there and say how weights are quantized",
     "config-disagree": "both configurations say the same",
     "config-groups": "config_groups and quantized_layers say the same as the rest",
-    "group-size": "the group size is the format's",
     # layout.py, and verify/of_class.py
+    "group-size": "block scales are of groups of the size that is said",
     "missing-tensor": "every tensor that an engine asks for is there",
     "extra-tensor": "no tensor is there that the format does not have",
     "dtype": "every tensor has the format's dtype",

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from stages.engines import ENGINES, SHOWN, Engine
-from stages.engines.algos import ALGOS, INSTEAD, OTHERWISE, Kind, refusal
+from stages.engines.algos import INSTEAD, OTHERWISE, Algo, Kind, refusal
 from stages.engines.exclusion import EXPERT, caught, expected_quantized
 from stages.engines.kv import kv_refusal
 from stages.engines.stated import Stated
@@ -39,8 +39,9 @@ def refusals(engine: Engine, stated: Stated, algos: Mapping[str, str], together:
             of a layer together, quantized.
     """
     found = []
-    for algo, kind in sorted({(algo, kind_of(module)) for module, algo in algos.items()}):
-        if (why := refusal(engine, algo, kind, stated.mixed)) is not None:
+    kinds = {(algo, kind_of(module), stated.group_of(module)) for module, algo in algos.items()}
+    for algo, kind, size in sorted(kinds, key=str):
+        if (why := refusal(engine, algo, kind, stated.mixed, size)) is not None:
             found.append(f"{why}; {INSTEAD.get(algo, OTHERWISE)}")
     if (held := next(iter(together), None)) is not None:
         found.append(f"is not known to load experts of a layer in one quantized tensor ({held}); {OTHERWISE}")
@@ -92,9 +93,9 @@ def loads(stated: Stated, algos: Mapping[str, str], together: Iterable[str] = ()
     return {engine: refusals(engine, stated, algos, held) for engine in ENGINES}
 
 
-def misfit(algo: str, rows: int, columns: int) -> str | None:
+def misfit(algo: Algo, rows: int, columns: int) -> str | None:
     """Why a weight `[rows, columns]` can't be in a format, as the rest of a sentence; None: it can."""
-    down, across = ALGOS[algo].divides
+    down, across = algo.divides
     if rows % down or columns % across:
-        return f"is [{rows}, {columns}], and {algo} needs multiples of [{down}, {across}]"
+        return f"is [{rows}, {columns}], and {algo.name} needs multiples of [{down}, {across}]"
     return None

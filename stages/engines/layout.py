@@ -65,10 +65,12 @@ def _module(module: Quantized, stated: Stated) -> Iterator[Finding]:
             shapes = tuple((experts, *shape[::turn]) for shape in shapes)
         if found.shape not in shapes:
             wanted = " or ".join(str(list(shape)) for shape in shapes)
-            yield Finding("shape", found.name, f"is {list(found.shape)}; {algo.name} has {wanted} there")
+            grouped = leaf.role == "blocks" and algo.group_size != ALGOS[algo.name].group_size
+            rule, of = ("group-size", f" in groups of {algo.group_size}") if grouped else ("shape", "")
+            yield Finding(rule, found.name, f"is {list(found.shape)}; {algo.name}{of} has {wanted} there")
     for leaf_name in module.tensors.keys() - {leaf.name for leaf in algo.leaves}:
         yield Finding("extra-tensor", module.tensor(leaf_name), f"{algo.name} has no {leaf_name}")
-    if sizes is not None and (why := misfit(algo.name, *sizes)) is not None:
+    if sizes is not None and (why := misfit(algo, *sizes)) is not None:
         yield Finding("shape", module.tensor("weight"), why)
 
 

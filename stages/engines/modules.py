@@ -4,7 +4,7 @@ import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
-from stages.engines.algos import ALGOS, LEAVES, PACKED, Algo
+from stages.engines.algos import LEAVES, PACKED, Algo, algo_in_groups
 from stages.engines.exclusion import matrix_of
 from stages.engines.kv import attention_of
 from stages.engines.stated import Stated
@@ -109,7 +109,7 @@ def take_stock(
             if name in tensors:
                 found[leaf] = tensors[name]
                 taken.add(name)
-        algo = ALGOS.get(stated.algo_of(module) or "")
+        algo = algo_in_groups(stated.algo_of(module), stated.group_of(module))
         quantized[module] = Quantized(module, algo, found, together)
     beside, plain, kv, stray = set(embeddings), [], [], []
     for name, entry in tensors.items():

@@ -3,7 +3,7 @@
 import pytest
 
 from stages.engines import ENGINES
-from stages.engines.algos import ALGOS, refusal
+from stages.engines.algos import ALGOS, algo_in_groups, refusal
 from stages.engines.judge import fused_groups, loads, misfit
 from stages.engines.stated import LayerAlgo, Stated
 from stages.formats import TABLE
@@ -51,8 +51,8 @@ def test_shapes(algo: str, leaf: str, shapes: tuple[tuple[int, ...], ...]) -> No
 
 def test_partial_blocks_of_rows_are_counted() -> None:
     assert ALGOS["FP8_PB_WO"].leaves[1].shapes(200, 256) == ((2, 1, 2, 1),)
-    assert misfit("FP8_PB_WO", 200, 256) is None
-    assert misfit("FP8_PB_WO", 200, 192) == "is [200, 192], and FP8_PB_WO needs multiples of [1, 128]"
+    assert misfit(ALGOS["FP8_PB_WO"], 200, 256) is None
+    assert misfit(ALGOS["FP8_PB_WO"], 200, 192) == "is [200, 192], and FP8_PB_WO needs multiples of [1, 128]"
 
 
 @pytest.mark.parametrize("algo", ALGOS.values(), ids=ALGOS.keys())
@@ -92,6 +92,17 @@ def test_reasons_say_what_to_do_instead() -> None:
 def test_experts_in_one_tensor_are_not_known_to_load() -> None:
     (reason,) = loads(Stated("FP8", None, (), None), {}, ["m.experts.down_proj"])["vllm"]
     assert reason.startswith("is not known to load experts of a layer in one quantized tensor (m.experts")
+
+
+def test_groups_of_another_size_have_other_scales_and_no_engine() -> None:
+    algo = algo_in_groups("W4A16_NVFP4", 32)
+    assert algo is not None and algo is algo_in_groups("W4A16_NVFP4", 32)
+    assert algo.leaves[1].shapes(64, 128) == ((64, 4),)
+    assert algo_in_groups("W4A16_NVFP4", 16) is ALGOS["W4A16_NVFP4"]
+    assert algo_in_groups("FP8", 32) is ALGOS["FP8"] and algo_in_groups("NVFP9") is None
+    stated = Stated("W4A16_NVFP4", 32, (), None)
+    (reason,) = loads(stated, {"a.q_proj": "W4A16_NVFP4"})["vllm"]
+    assert reason.startswith("loads W4A16_NVFP4 in groups of 16 alone, not of 32")
 
 
 def test_groups_are_of_members_that_are_there() -> None:

@@ -198,7 +198,7 @@ FOUND_BY_STRUCTURE: dict[str, Mutation] = {
         plain_again(UP, (32, 64), listed=True), "fused-formats", EXPERTS
     ),
     # Configuration
-    "the group size is another one": Mutation(group_size(32), "group-size", "config.json"),
+    "the group size is another one": Mutation(group_size(32), "group-size", f"{O_PROJ}.weight_scale"),
     "the configurations disagree about the group size": Mutation(
         said(separate={"group_size": 32}), "config-disagree", "config.json"
     ),
