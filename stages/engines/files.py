@@ -13,6 +13,8 @@ from state.weights_file import INDEX, SINGLE
 
 CONFIG, SEPARATE = "config.json", "hf_quant_config.json"
 METHOD = "modelopt"
+UNFINISHED = "holdfast_partial.json"
+"""Lies in a folder that an export has not finished: what is in it may be of two exports."""
 
 
 @dataclass(frozen=True)

@@ -63,9 +63,11 @@ def inline(content: Mapping[str, Any]) -> Stated:
         scheme = (
             KV_BITS.get(scheme.get("num_bits", 0)) if scheme.get("type") == "float" else str(dict(scheme))
         )
+    mixed = _upper(content.get("quant_algo")) == MIXED
     return Stated(
         _upper(content.get("quant_algo")),
-        _group_size(content.get("group_size")) or _of_groups(content.get("config_groups")),
+        _group_size(content.get("group_size"))
+        or (None if mixed else _of_groups(content.get("config_groups"))),
         _names(content.get("ignore")),
         _upper(scheme),
         _layers(content.get("quantized_layers")),

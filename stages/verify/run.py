@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 from math import isfinite
 
-from stages.engines.files import Files, read_files
+from stages.engines.files import UNFINISHED, Files, read_files
 from stages.engines.findings import Finding, without_path
 from stages.engines.layout import layout_findings, unknown_algo
 from stages.engines.modules import Inventory, take_stock
@@ -84,6 +84,8 @@ def _with_numbers(
 def examine(settings: VerifySettings, progress: Progress) -> VerifyReport:
     """As `verify`, without writing anything."""
     progress.stage("verifying the checkpoint")
+    if (settings.out / UNFINISHED).exists():
+        raise InputError(f"{settings.out} is an unfinished export; give its command again, then verify")
     files = read_files(settings.out)
     if files.source is None or files.stated is None:
         return _unread(settings, files)

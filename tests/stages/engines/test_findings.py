@@ -19,7 +19,7 @@ def test_the_table_of_formats_is_the_one_that_is_gone_by() -> None:
     text = DOCS.read_text(encoding="utf-8")
     for algo in ALGOS.values():
         kinds = [table.get(engine, frozenset()) for table in (algo.loads, algo.mixed) for engine in ENGINES]
-        cells = ["yes" if len(kind) == 2 else "linears" if kind else "–" for kind in kinds]
+        cells = ["yes" if len(kind) == 2 else "linears" if kind else "-" for kind in kinds]
         assert f"| {algo.name} | {' | '.join(cells)} |" in text
 
 

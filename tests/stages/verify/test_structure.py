@@ -5,8 +5,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from modelopt.torch.export.convert_hf_config import convert_hf_quant_config_format
 
 from stages.engines.findings import RULES
+from state.errors import InputError
 from tests.stages.verify.conftest import RECIPES
 from tests.stages.verify.editable import INDEX, Editable, copied, damaged, verified
 from tests.stages.verify.mutations import FOUND_BY_STRUCTURE
@@ -138,6 +140,68 @@ def test_the_same_checkpoint_gives_the_same_report(good: Good, tmp_path: Path) -
         verified(damaged(good("nvfp4"), tmp_path / name, lambda content: content.drop("lm_head.weight")))
     one, two = ((tmp_path / name / "verify_report.json").read_bytes() for name in ("one", "two"))
     assert one == two
+
+
+def test_an_unfinished_export_is_refused(good: Good, tmp_path: Path) -> None:
+    out = copied(good("fp8"), tmp_path / "out")
+    (out / "holdfast_partial.json").write_text("{}")
+    with pytest.raises(InputError, match="is an unfinished export; give its command again"):
+        verified(out)
+
+
+def mixed(content: Editable) -> None:
+    """What a configuration says where each layer has a format of its own; experts under their common name."""
+    modules = {name.removesuffix(".weight_scale_2") for name in content.tensors if name.endswith("_scale_2")}
+    named = sorted(
+        {name.partition(".experts.")[0] + ".experts" if ".experts." in name else name for name in modules}
+    )
+    layers = {name: {"quant_algo": "NVFP4", "group_size": 16} for name in named}
+    content.separate.update(quant_algo="MIXED_PRECISION", group_size=None, quantized_layers=layers)
+    content.config["quantization_config"] = convert_hf_quant_config_format(content.own)
+
+
+def test_a_mixed_checkpoint_passes(good: Good, tmp_path: Path) -> None:
+    report = verified(damaged(good("nvfp4"), tmp_path / "out", mixed))
+    assert (report.findings, report.algo, report.formats) == ((), "MIXED_PRECISION", {"NVFP4": 32})
+    assert all(report.loads(engine) for engine in report.engines)
+
+
+def lacking_a_layer(content: Editable) -> None:
+    del content.separate["quantized_layers"]["model.layers.1.self_attn.o_proj"]
+    content.config["quantization_config"] = convert_hf_quant_config_format(content.own)
+
+
+def naming_a_plain_one(content: Editable) -> None:
+    content.separate["quantized_layers"]["lm_head"] = {"quant_algo": "NVFP4", "group_size": 16}
+    content.config["quantization_config"] = convert_hf_quant_config_format(content.own)
+
+
+def lacking_a_target(content: Editable) -> None:
+    content.quantization["config_groups"]["group_0"]["targets"].remove("model.layers.1.self_attn.o_proj")
+
+
+def differing(content: Editable) -> None:
+    content.quantization["quantized_layers"]["model.layers.1.self_attn.o_proj"] = {"quant_algo": "FP8"}
+
+
+@pytest.mark.parametrize(
+    ("edit", "rule", "name"),
+    [
+        (lacking_a_layer, "not-declared", "model.layers.1.self_attn.o_proj"),
+        (naming_a_plain_one, "not-excluded", "lm_head"),
+        (lacking_a_target, "config-groups", "config.json"),
+        (differing, "config-disagree", "config.json"),
+    ],
+)
+def test_damage_to_a_mixed_one_is_found(
+    good: Good, tmp_path: Path, edit: Callable[[Editable], None], rule: str, name: str
+) -> None:
+    def both(content: Editable) -> None:
+        mixed(content)
+        edit(content)
+
+    found = verified(damaged(good("nvfp4"), tmp_path / "out", both)).findings
+    assert (rule, name) in {(finding.rule, finding.name) for finding in found}
 
 
 def test_both_configurations_in_one_are_enough(good: Good, tmp_path: Path) -> None:
