@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable
+from copy import deepcopy
 from pathlib import Path
 
 import pytest
@@ -157,7 +158,7 @@ def mixed(content: Editable) -> None:
     )
     layers = {name: {"quant_algo": "NVFP4", "group_size": 16} for name in named}
     content.separate.update(quant_algo="MIXED_PRECISION", group_size=None, quantized_layers=layers)
-    content.config["quantization_config"] = convert_hf_quant_config_format(content.own)
+    content.config["quantization_config"] = convert_hf_quant_config_format(deepcopy(content.own))
 
 
 def test_a_mixed_checkpoint_passes(good: Good, tmp_path: Path) -> None:
@@ -168,12 +169,12 @@ def test_a_mixed_checkpoint_passes(good: Good, tmp_path: Path) -> None:
 
 def lacking_a_layer(content: Editable) -> None:
     del content.separate["quantized_layers"]["model.layers.1.self_attn.o_proj"]
-    content.config["quantization_config"] = convert_hf_quant_config_format(content.own)
+    content.config["quantization_config"] = convert_hf_quant_config_format(deepcopy(content.own))
 
 
 def naming_a_plain_one(content: Editable) -> None:
     content.separate["quantized_layers"]["lm_head"] = {"quant_algo": "NVFP4", "group_size": 16}
-    content.config["quantization_config"] = convert_hf_quant_config_format(content.own)
+    content.config["quantization_config"] = convert_hf_quant_config_format(deepcopy(content.own))
 
 
 def lacking_a_target(content: Editable) -> None:
