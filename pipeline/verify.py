@@ -12,6 +12,7 @@ from stages.engines import SHOWN
 from stages.verify.numbers import Numbers
 from stages.verify.report import REPORT, VerifyReport
 from state.errors import InputError
+from state.reasons import printable
 
 MOST_TOLD = 10
 """Findings of one rule that are shown; the report has all."""
@@ -29,7 +30,7 @@ def print_verification(report: VerifyReport, out: Path) -> None:
         ("read", f"{report.tensors:,} tensors, {quantity(report.nbytes, 'bytes')}"),
         *((SHOWN[engine], _standing(report, engine)) for engine in report.engines),
         *(_numbers(report.numbers) if report.numbers is not None else ()),
-        *(("left out", words) for words in report.left_out),
+        *(("left out", printable(words)) for words in report.left_out),
     ]
     print_rows(rows)
     if not report.whole:
@@ -71,7 +72,7 @@ def _print_findings(report: VerifyReport) -> None:
     for rule, count in report.counts().items():
         of_rule = [finding for finding in report.findings if finding.rule == rule]
         for finding in of_rule[:MOST_TOLD]:
-            table.add_row(rule, finding.name, finding.says)
+            table.add_row(rule, printable(finding.name), printable(finding.says))
         if count > MOST_TOLD:
             table.add_row(rule, "...", f"{count - MOST_TOLD:,} more")
     Console(markup=False, highlight=False).print(table)

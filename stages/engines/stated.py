@@ -60,9 +60,9 @@ def inline(content: Mapping[str, Any]) -> Stated:
     """`quantization_config` of config.json."""
     scheme = content.get("kv_cache_scheme")
     if isinstance(scheme, Mapping):
-        scheme = (
-            KV_BITS.get(scheme.get("num_bits", 0)) if scheme.get("type") == "float" else str(dict(scheme))
-        )
+        bits = scheme.get("num_bits")
+        known = KV_BITS.get(bits) if type(bits) is int and scheme.get("type") == "float" else None
+        scheme = known or str(dict(scheme))
     mixed = _upper(content.get("quant_algo")) == MIXED
     return Stated(
         _upper(content.get("quant_algo")),
@@ -113,8 +113,8 @@ def group_faults(content: Mapping[str, Any], stated: Stated) -> list[str]:
         return ["a mixed checkpoint needs config_groups"] if stated.mixed else []
     found, targets = [], set()
     for name, group in groups.items():
-        weights = group.get("weights") if isinstance(group, Mapping) else None
-        named = [target for target in group.get("targets", []) if target in stated.layers]
+        weights, listed = _part(group, "weights"), _names(_part(group, "targets"))
+        named = [target for target in listed if target in stated.layers]
         targets.update(named)
         algos = {stated.layers[target].algo for target in named} if stated.mixed else {stated.algo}
         for algo in sorted(algo for algo in algos if algo in ALGOS):
@@ -145,8 +145,11 @@ def _of_groups(groups: Any) -> int | None:
     """The group size that the only group of `config_groups` says of its weights."""
     if not isinstance(groups, Mapping) or len(groups) != 1:
         return None
-    weights = next(iter(groups.values())).get("weights")
-    return _group_size(weights.get("group_size")) if isinstance(weights, Mapping) else None
+    return _group_size(_part(_part(next(iter(groups.values())), "weights"), "group_size"))
+
+
+def _part(content: Any, key: str) -> Any:
+    return content.get(key) if isinstance(content, Mapping) else None
 
 
 def _names(value: Any) -> tuple[str, ...]:

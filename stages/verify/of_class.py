@@ -10,6 +10,7 @@ from stages.model.plausible import require_possible_counts
 from stages.model.skeleton import Skeleton, load_config
 from stages.model.tensor_map import operations
 from state.errors import InputError
+from state.reasons import reason
 from state.source import TensorEntry
 
 
@@ -24,6 +25,8 @@ def skeleton_of(folder: Path, plain: Mapping[str, TensorEntry], trust_remote_cod
         return Skeleton(load_config(folder, trust_remote_code), dict(plain), trust_remote_code)
     except InputError as error:
         return without_path(folder, str(error))
+    except Exception as error:  # the configuration's class computes with what it finds
+        return without_path(folder, f"config.json can't be used: {type(error).__name__}: {reason(error)}")
 
 
 def class_findings(skeleton: Skeleton, plain: Mapping[str, TensorEntry]) -> list[Finding]:

@@ -81,4 +81,4 @@ class VerifyReport:
         }
         if self.numbers is not None:
             content["numeric"] = self.numbers.content()
-        return (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode()
+        return (json.dumps(content, indent=2) + "\n").encode()  # in ASCII: names may be no UTF-8
