@@ -187,12 +187,21 @@ INSTEAD = {
 OTHERWISE = "choose a recipe such as nvfp4 or fp8"
 
 
+LARGEST_GROUP = 1 << 16
+
+
 @cache
 def algo_in_groups(name: str | None, group_size: int | None = None) -> Algo | None:
-    """A format by its name, with groups of another size where it has any; None for one that is not known."""
+    """A format by its name, with groups of another size where it has any; None for one that is not known, and
+    for groups of no size.
+    """
     algo = ALGOS.get(name or "")
-    if algo is None or algo.group_size is None or group_size in (None, algo.group_size):
+    if algo is None or algo.group_size is None or group_size is None:
         return algo
+    if group_size == algo.group_size:
+        return algo
+    if not 1 <= group_size <= LARGEST_GROUP:
+        return None
     leaves = tuple(
         leaf._replace(columns=group_size) if leaf.role == "blocks" else leaf for leaf in algo.leaves
     )

@@ -40,11 +40,12 @@ def layout_findings(
 def _module(module: Quantized, stated: Stated) -> Iterator[Finding]:
     algo = module.algo
     if algo is None:
-        said = stated.algo_of(module.name)
-        where = (
-            "quantized_layers does not name it" if stated.mixed and said is None else f"its format is {said}"
-        )
-        yield Finding("not-declared", module.name, f"is quantized, and {where}, which is none that is known")
+        said, size = stated.algo_of(module.name), stated.group_of(module.name)
+        of = "" if size is None else f" in groups of {size}"
+        where = f"its format is {said}{of}, which is none that is known"
+        if stated.mixed and said is None:
+            where = "quantized_layers does not name it"
+        yield Finding("not-declared", module.name, f"is quantized, and {where}")
         return
     sizes = module.sizes
     for leaf in algo.leaves:

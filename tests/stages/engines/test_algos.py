@@ -99,6 +99,7 @@ def test_groups_of_another_size_have_other_scales_and_no_engine() -> None:
     assert algo is not None and algo is algo_in_groups("W4A16_NVFP4", 32)
     assert algo.leaves[1].shapes(64, 128) == ((64, 4),)
     assert algo_in_groups("W4A16_NVFP4", 16) is ALGOS["W4A16_NVFP4"]
+    assert algo_in_groups("NVFP4", 0) is None and algo_in_groups("NVFP4", 10**30) is None
     assert algo_in_groups("FP8", 32) is ALGOS["FP8"] and algo_in_groups("NVFP9") is None
     stated = Stated("W4A16_NVFP4", 32, (), None)
     (reason,) = loads(stated, {"a.q_proj": "W4A16_NVFP4"})["vllm"]
