@@ -78,7 +78,8 @@ def rounding(algo: str, scale: Tensor | None, before: Tensor | None) -> Round | 
 
 
 class Rounded(TorchFunctionMode):
-    """Within it, what is multiplied with certain weights is rounded, and K and V as attention sees them.
+    """Within it, what is multiplied with certain weights is rounded, and K and V as attention sees them:
+    torch's own (`scaled_dot_product_attention`).
 
     Args:
         weights: storage of a weight in memory → what is done to its inputs. keys, values: scales of the
@@ -89,6 +90,17 @@ class Rounded(TorchFunctionMode):
         super().__init__()
         self.weights, self.keys, self.values = weights, keys, values
         self.reached: set[int] = set()
+        self.attended = False
+
+    @property
+    def unreached(self) -> int:
+        """Weights that nothing was seen to be multiplied with."""
+        return len(self.weights.keys() - self.reached)
+
+    @property
+    def unattended(self) -> bool:
+        """Whether K and V were to be rounded, and no attention was seen."""
+        return self.keys is not None and not self.attended
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
@@ -100,5 +112,6 @@ class Rounded(TorchFunctionMode):
                 self.reached.add(storage)
                 args = (done(args[0]), *args[1:])
         elif name == "scaled_dot_product_attention" and self.keys is not None and self.values is not None:
+            self.attended = True
             args = (args[0], fp8(args[1], self.keys), fp8(args[2], self.values), *args[3:])
         return func(*args, **(kwargs or {}))

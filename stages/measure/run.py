@@ -129,6 +129,7 @@ class Simulated:
         self._skeleton = skeleton
         self._rounds = _by_parameter(checkpoint, inventory, skeleton)
         self._kv = _kv_scales(checkpoint, inventory)
+        self._done: list[Rounded] = []
 
     def around(self, layer: int, _module: nn.Module) -> AbstractContextManager[object]:
         """The rounding of a layer whose weights are loaded."""
@@ -140,12 +141,23 @@ class Simulated:
         keys, values = self._kv.get(layer, (None, None))
         if not weights and keys is None:
             return nullcontext()
-        return Rounded(weights, keys, values)
+        self._done.append(Rounded(weights, keys, values))
+        return self._done[-1]
 
     def left_out(self) -> tuple[str, ...]:
         """For people."""
-        head = [name for name in self._rounds if name.rpartition(".")[0].endswith("lm_head")]
-        return ("the input of lm_head is not rounded",) if head else ()
+        found = []
+        if any(name.rpartition(".")[0].endswith("lm_head") for name in self._rounds):
+            found.append("the input of lm_head is not rounded")
+        if unreached := sum(done.unreached for done in self._done):
+            found.append(
+                f"inputs of {unreached:,} weights are not rounded: nobody was seen to multiply with them"
+            )
+        if unattended := sum(done.unattended for done in self._done):
+            found.append(
+                f"KV caches of {unattended:,} layers are not rounded: their attention is not torch's own"
+            )
+        return tuple(found)
 
 
 def _by_parameter(checkpoint: Source, inventory: Inventory, skeleton: Skeleton) -> dict[str, Round]:

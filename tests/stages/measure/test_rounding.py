@@ -66,16 +66,20 @@ def test_only_what_meets_the_weight_is_rounded() -> None:
     rounded, plain = nn.Linear(4, 2, bias=False), nn.Linear(4, 2, bias=False)
     storage = rounded.weight.untyped_storage().data_ptr()
     x = torch.tensor([[1.4, 0.6, 0.2, 2.5]])
-    with torch.no_grad(), Rounded({storage: torch.round}, None, None):
+    with torch.no_grad(), Rounded({storage: torch.round}, None, None) as done:
+        assert done.unreached == 1
         assert torch.equal(rounded(x), torch.round(x) @ rounded.weight.T)
         assert torch.equal(plain(x), x @ plain.weight.T)
+    assert (done.unreached, done.unattended) == (0, False)
 
 
 def test_keys_and_values_are_rounded_where_attention_sees_them() -> None:
     q, k, v = torch.randn(3, 1, 2, 4, 8)
     attend = nn.functional.scaled_dot_product_attention
-    with Rounded({}, torch.tensor(0.5), torch.tensor(0.25)):
+    with Rounded({}, torch.tensor(0.5), torch.tensor(0.25)) as done:
+        assert done.unattended
         found = attend(q, k, v, is_causal=True)
+    assert not done.unattended
     assert torch.equal(
         found, attend(q, fp8(k, torch.tensor(0.5)), fp8(v, torch.tensor(0.25)), is_causal=True)
     )

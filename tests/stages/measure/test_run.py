@@ -103,6 +103,7 @@ def test_numbers_of_a_good_checkpoint(scene: Path, tmp_path: Path) -> None:
     for recipe in ("fp8", KV.replace("/", "-")):
         found = kept[recipe] = measure(asked(scene, "qwen3_moe", scene / "qwen3_moe" / recipe), Silent())
         assert (found.windows, found.tokens, len(found.layers), len(found.worst)) == (6, 6 * (SEQ - 1), 2, 10)
+        assert found.left_out == ()
         assert 0 < found.kl < 1 and 0 < found.agreement <= 1
         assert all(0 < error < 1 for error in found.layers)
     fp8, nvfp4 = kept.values()
