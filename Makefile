@@ -33,7 +33,7 @@ PYTHON  ?= $(shell for python in $(NEWEST); do \
 READY   := $(VENV)/.holdfast-ready
 
 .DEFAULT_GOAL := help
-.PHONY: help calibrate export recipes status check repair test test-newest test-oldest test-long test-families lint crash-test crash-test-full bench clean
+.PHONY: help calibrate export recipes verify status check repair test test-newest test-oldest test-long test-families lint crash-test crash-test-full bench clean
 
 help:  ## this list
 	@echo "Holdfast: crash-safe post-training quantization for Hugging Face models"; echo
@@ -66,6 +66,10 @@ export: $(READY)  ## turn RUN into the checkpoint OUT (nothing given: the demo's
 
 recipes: $(READY)  ## every recipe that modelopt ships, served or why not (MODEL: judged on that model)
 	@$(VENV)/bin/holdfast recipes $(if $(value MODEL),--model "$$model") $(args)
+
+verify: $(READY)  ## prove that engines read the checkpoint OUT rightly (nothing given: the demo's)
+	@$(call needs,out)
+	@$(VENV)/bin/holdfast verify "$$out" $(if $(value MODEL),--model "$$model") $(args)
 
 status: $(READY)  ## how far RUN is, also while it calibrates
 	@$(VENV)/bin/holdfast status "$${run:-runs/demo}" $(args)

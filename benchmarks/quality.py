@@ -9,27 +9,24 @@ All in float32 arithmetic, so that only what the checkpoints hold differs. With 
 """
 
 import json
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
 from unittest.mock import patch
 
 import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from benchmarks.dequantize import weight_of
 from benchmarks.models import Subject, clean_windows, load_whole
 from benchmarks.section import Section
-from stages.calibrate.observe.experts import GROUPED
 from stages.calibrate.run import calibrate
 from stages.export.run import export
-from stages.formats import NVFP4
-from stages.formats.quantized import quantize
+from stages.measure.rounding import Rounded, nvfp4
 from stages.progress import Silent
 from stages.settings import CalibrateSettings, ExportSettings
 from stages.solve import rounding
@@ -194,10 +191,11 @@ def predictions(
 ) -> Iterator[Tensor]:
     """Log-probabilities of every next token, TOGETHER windows at a time: f32 [windows, seq - 1, vocabulary].
 
-    windows: int64 [windows, seq]. input_scales: as `RoundInputs` takes them.
+    windows: int64 [windows, seq]. input_scales: storage of a weight → its input scale, for NVFP4.
     """
+    rounds = {storage: partial(nvfp4, scale=scale) for storage, scale in (input_scales or {}).items()}
     for batch in windows.split(TOGETHER):
-        with RoundInputs(input_scales or {}):
+        with Rounded(rounds, None, None):
             logits = model(input_ids=batch, use_cache=False).logits[:, :-1]
         yield logits.log_softmax(-1)
 
@@ -209,31 +207,6 @@ def cost(predicted: Iterable[Tensor], windows: Tensor, unquantized: Sequence[Ten
         losses.append(-found.gather(-1, batch[:, 1:, None]).double().mean((1, 2)))
         distances.append((base.exp() * (base - found)).double().sum(-1).mean(1))
     return Cost(torch.cat(losses), torch.cat(distances))
-
-
-class RoundInputs(TorchFunctionMode):
-    """Rounds what is multiplied with certain weights to NVFP4: storage of a weight → its input scale."""
-
-    def __init__(self, scales: Mapping[int, Tensor]) -> None:
-        super().__init__()
-        self.scales = scales
-
-    def __torch_function__(
-        self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        if self.scales and (func is nn.functional.linear or getattr(func, "__name__", "") in GROUPED):
-            scale = self.scales.get(args[1].untyped_storage().data_ptr())
-            if scale is not None:
-                args = (rounded(args[0], scale), *args[1:])
-        return func(*args, **(kwargs or {}))
-
-
-def rounded(inputs: Tensor, scale: Tensor) -> Tensor:
-    """Inputs as NVFP4 holds them under a tensor-wide scale: f32 [..., channels]."""
-    shared = scale.float().reshape(1, 1)
-    rows = inputs.reshape(-1, inputs.shape[-1])
-    blocks = NVFP4.scales_from_amax(NVFP4.block_amax(rows), shared)
-    return quantize(NVFP4, rows, blocks, shared).dequantize().view_as(inputs)
 
 
 def _by_weight(model: PreTrainedModel, scales: Mapping[str, Tensor]) -> dict[int, Tensor]:

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from stages.progress import Progress, Silent
-from stages.settings import CalibrateSettings, ExportSettings
+from stages.settings import CalibrateSettings, ExportSettings, VerifySettings
 from state.errors import (
     DamagedStore,
     Difference,
@@ -37,6 +37,7 @@ if TYPE_CHECKING:  # torch comes with them
 
     from stages.calibrate.summary import Summary
     from stages.export.report import ExportReport
+    from stages.verify.report import VerifyReport
 
 __all__ = [
     "CalibrateSettings",
@@ -52,12 +53,14 @@ __all__ = [
     "RunBusy",
     "Stopped",
     "Unreadable",
+    "VerifySettings",
     "WriteFailed",
     "__version__",
     "calibrate",
     "capture",
     "export",
     "open",
+    "verify",
 ]
 
 __version__ = version("holdfast")
@@ -124,6 +127,27 @@ def export(settings: ExportSettings, progress: Progress | None = None) -> "Expor
     from stages.export.run import export
 
     return export(settings, progress or Silent())
+
+
+def verify(settings: VerifySettings, progress: Progress | None = None) -> "VerifyReport":
+    """Look at every tensor of a checkpoint, whoever wrote it, by the rules of the engines that will load it.
+
+        report = holdfast.verify(holdfast.VerifySettings(out=Path("exports/qwen3-fp8"), target="vllm"))
+        report.whole  # nothing is wrong
+        report.counts()  # {"missing-tensor": 3}
+
+    Writes OUT/verify_report.json and changes nothing else.
+
+    Args:
+        progress: told what is going on; nobody is, without it.
+
+    Raises:
+        InputError: there is no checkpoint, or none in a layout that is known; or the source can't be read.
+    """
+    from stages.measure.run import measure
+    from stages.verify.run import verify
+
+    return verify(settings, progress or Silent(), measure)
 
 
 def capture(

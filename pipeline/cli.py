@@ -1,4 +1,4 @@
-"""The command line: `holdfast calibrate`, `export`, `recipes`, `status`, `check` and `repair`.
+"""The command line: `holdfast calibrate`, `export`, `verify`, `recipes`, `status`, `check` and `repair`.
 
 Stages are imported when a command needs them: torch takes seconds, and all but the first three do without.
 """
@@ -10,7 +10,7 @@ import typer
 
 from pipeline.options import Debug, quiet, takes
 from pipeline.outcome import exit_codes
-from stages.settings import CalibrateSettings, ExportSettings
+from stages.settings import CalibrateSettings, ExportSettings, VerifySettings
 
 EXIT_CODES = """
 Exit codes: 0 done (or done before) · 2 something given is wrong or missing · 3 stored work is of other
@@ -21,8 +21,8 @@ command goes on.
 app = typer.Typer(
     help="Quantizes Hugging Face models after training, so that calibration can't be lost.\n\n"
     "calibrate measures a model once and commits as it goes; export turns the run into a checkpoint, in as "
-    "many formats as you like; recipes lists them; status looks at a run, also while it is being made; check "
-    "verifies one, and repair mends it.\n\n" + EXIT_CODES,
+    "many formats as you like; recipes lists them; verify proves that engines read it rightly; status looks "
+    "at a run, also while it is being made; check verifies one, and repair mends it.\n\n" + EXIT_CODES,
     epilog="Killed, out of space, out of time? Give the same command again.",
     no_args_is_help=True,
     add_completion=False,
@@ -125,6 +125,35 @@ def recipes(
             progress.stage("loading libraries")
             found = look_through(model, progress)
         print_recipes(found, json)
+
+
+@app.command(epilog=EXIT_CODES)
+@takes(VerifySettings)
+def verify(settings: VerifySettings) -> None:
+    """Reads every tensor of a checkpoint, whoever wrote it, and says whether engines read it rightly: exit 0
+    if nothing is wrong, 2 naming what is.
+
+    What vLLM, SGLang and TensorRT-LLM ask a checkpoint for, and how they read it, is written down as rules;
+    nothing of them is installed or run. The report is OUT/verify_report.json; nothing else is changed.
+
+    **Examples**
+
+    `holdfast verify exports/qwen3-nvfp4`
+
+    `holdfast verify exports/qwen3-nvfp4 --target vllm`
+
+    `holdfast verify exports/qwen3-nvfp4 --numeric --model Qwen/Qwen3-30B-A3B --data held-out.jsonl`
+    """
+    from pipeline.progress import reporting
+    from pipeline.verify import print_verification
+
+    with reporting() as progress:
+        progress.stage("loading libraries")
+        from stages.measure.run import measure
+        from stages.verify.run import verify
+
+        report = verify(settings, progress, measure)
+    print_verification(report, settings.out)
 
 
 @app.command(epilog=EXIT_CODES)

@@ -8,6 +8,7 @@ from stages.calibrate.summary import Summary
 from stages.commands import export_command
 from stages.export.records import REPORT
 from stages.export.report import ExportReport, Needs
+from stages.export.target import told
 
 
 def print_calibration(summary: Summary) -> None:
@@ -33,6 +34,7 @@ def print_export(report: ExportReport, out: Path) -> None:
         *((f"stored as {name}", f"{count:,}") for name, count in report.formats.items()),
         ("size", f"{quantity(report.nbytes, 'bytes')} of {quantity(report.source_nbytes, 'bytes')} before"),
         ("shards", f"{report.shards_written} written, {report.shards_kept} kept"),
+        ("loaded by", told(report.engines)),
     ]
     if report.partial:
         rows.append(("partial", "the run is unfinished"))
@@ -50,6 +52,7 @@ def _print_forecast(report: ExportReport, needs: Needs, out: Path) -> None:
         *((f"stored as {name}", f"{count:,}") for name, count in report.formats.items()),
         ("size", f"{quantity(report.nbytes, 'bytes')} of {quantity(report.source_nbytes, 'bytes')} before"),
         *((name, quantity(nbytes, "bytes")) for name, nbytes in report.shards.items()),
+        ("loaded by", told(report.engines)),
         *((f"policy {policy}", f"{count:,} quantizers") for policy, count in report.policy_counts().items()),
         ("disk", f"{quantity(needs.disk, 'bytes')} needed, {quantity(needs.free, 'bytes')} free"),
         ("memory", f"{quantity(needs.memory, 'bytes')} above the imports"),

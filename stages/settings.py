@@ -18,6 +18,7 @@ ScaleChoice = Literal["max", "mse", "four_over_six"]
 Schedule = Literal["auto", "whole", "layerwise"]
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 Take = Literal["first", "spread"]
+Target = Literal["any", "vllm", "sglang", "trtllm"]
 
 LONGEST = 1000 * 86400.0
 """Seconds of the longest duration: threads can't wait for much longer."""
@@ -189,6 +190,11 @@ class ExportSettings(Settings):
         description="Weights that the source holds in MXFP4 and the recipe puts into NVFP4: new scales by "
         "max, or the source's powers of two, under which all values that fit them come out the same.",
     )
+    target: Target = Field(
+        default="any",
+        description="Engine that has to load it: what that one does not load is refused before anything is "
+        "written.",
+    )
     overwrite: bool = Field(
         default=False, description="Replace another export that is at OUT; files that are not its own stay."
     )
@@ -202,3 +208,36 @@ class ExportSettings(Settings):
         description="Say what would be written, which policies would act, and the disk and memory it takes; "
         "write nothing to OUT.",
     )
+
+
+class VerifySettings(Settings):
+    """One verification."""
+
+    out: Folder = Field(description="Folder of the checkpoint, whoever wrote it.")
+    target: Target = Field(
+        default="any",
+        description="Engine that has to load it; any: every engine that takes its formats has to read it "
+        "rightly.",
+    )
+    model: OptionalPlace = Field(
+        default=None,
+        description="The model it was made from, a folder or hub id: every tensor is compared with it.",
+    )
+    revision: str | None = Field(default=None, description="Branch, tag or commit of MODEL on the hub.")
+    numeric: bool = Field(
+        default=False,
+        description="Run the checkpoint and MODEL on DATA, one decoder layer at a time, inputs rounded as "
+        "engines round them: loss, KL, agreement, errors by layer.",
+    )
+    data: OptionalPlace = Field(
+        default=None, description="Text that calibration has not seen, in any form that calibrate takes."
+    )
+    samples: int = Field(default=32, gt=0, description="Windows of DATA.")
+    seq: int = Field(default=512, gt=1, description="Tokens per window.")
+    batch: int = Field(default=4, gt=0, description="Windows per forward.")
+    device: str = Field(default="auto", description="Where --numeric computes: auto, cpu, cuda or cuda:N.")
+    max_loss_increase: float | None = Field(
+        default=None,
+        description="Nats per token that the checkpoint may cost beside MODEL; more is a finding.",
+    )
+    trust_remote_code: bool = Field(default=False, description="Run Python code that comes with the model.")

@@ -16,6 +16,7 @@ NOT_CARRIED = RECORDS | {
     "quant_config.json",
     "params.json",
     "README.md",
+    "verify_report.json",
 }
 """Files that an export writes itself, or that tell of other weights, such as their model card."""
 OTHERS = (CONFIG, HEAD, MARK, "pyvenv.cfg")

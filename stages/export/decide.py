@@ -6,9 +6,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from stages.engines.kv import kv_scale_names
 from stages.export import scales
 from stages.export.observed import Observed, kv_quantizers
-from stages.export.units import kv_scale_names
 from stages.recipe.quantizer_plan import QuantizerPlan
 from stages.recipe.unified_inputs import unified_inputs
 from stages.unify import Policies, PolicyUse, unify

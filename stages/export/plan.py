@@ -16,6 +16,7 @@ from stages.export.report import ExportReport, describe
 from stages.export.scale_choice import uses, with_scales
 from stages.export.shards import index
 from stages.export.solved_inputs import not_as_solved
+from stages.export.target import engines_of, refuse_target
 from stages.export.tensors import Ingredients
 from stages.export.units import Shard, assign_shards, check_engine_rules, check_widths, plan_units
 from stages.model.cast_source import told_of_cast
@@ -40,13 +41,17 @@ SAFETENSORS_DTYPES = {dtype: name for name, dtype in TORCH_DTYPES.items()}
 
 @dataclass(frozen=True)
 class ExportPlan:
-    """All that is known before the first byte: shards, what they are made from, small files, the report."""
+    """All that is known before the first byte: shards, what they are made from, small files, the report.
+
+    weights_only: modules that a policy leaves without an input scale.
+    """
 
     shards: tuple[Shard, ...]
     ingredients: Ingredients
     files: Mapping[str, bytes]
     identity: Mapping[str, str]
     report: ExportReport
+    weights_only: frozenset[str]
 
 
 def plan_export(settings: ExportSettings, progress: Progress) -> ExportPlan:
@@ -96,6 +101,10 @@ def plan_export(settings: ExportSettings, progress: Progress) -> ExportPlan:
         applied.rescaling.written,
         SAFETENSORS_DTYPES[subject.dtype],
     )
+    plain = {unit.source: unit.outputs[0].shape for unit in units if unit.source is not None}
+    without_input = decisions.weights_only & quantizers.inputs.keys()
+    engines = engines_of(quantizers, plan.files[applied.scales], without_input, plain)
+    refuse_target(settings.target, engines)
     shards = assign_shards(units, settings.shard_size)
     apart = (settings.run, settings.out)
     small = _small_files(folder, apart, plan.files[applied.scales], shards)
@@ -118,6 +127,7 @@ def plan_export(settings: ExportSettings, progress: Progress) -> ExportPlan:
         applied.folds,
         quantizers.left_out,
         source.quantized,
+        engines,
     )
     small[REPORT] = report.encode()
     carried = {name: digest(data) for name, data in small.items() if name != REPORT}
@@ -136,7 +146,7 @@ def plan_export(settings: ExportSettings, progress: Progress) -> ExportPlan:
         applied.solved,
         frozenset(cast.amax),
     )
-    return ExportPlan(tuple(shards), ingredients, small, identity, report)
+    return ExportPlan(tuple(shards), ingredients, small, identity, report, without_input)
 
 
 def _check_widths(found: Observed, matrices: Mapping[str, StoredMatrix], source: Source) -> None:

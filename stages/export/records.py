@@ -12,13 +12,14 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import TypeVar
 
+from stages.engines.files import UNFINISHED
 from state.durable import Disk
 from state.errors import DamagedStore, InputError
 from state.identity import digest
 
 IDENTITY = "holdfast_export.json"
 JOURNAL = "holdfast_journal.jsonl"
-MARK = "holdfast_partial.json"
+MARK = UNFINISHED
 WRITING = "holdfast_writing.tmp"
 REPORT = "export_report.json"
 RECORDS = frozenset({IDENTITY, JOURNAL, MARK})

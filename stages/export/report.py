@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from stages.engines import Engine
 from stages.export.units import Shard
 from stages.unify import PolicyUse
 
@@ -28,7 +29,8 @@ class ExportReport:
     the solutions applied, None for `max`. kept_at_one: fold site or module whose input a solver could not
     scale → the reason. folds: module that a scale was divided out of → modules that took it in, by pattern.
     left_out: module or quantizer that the recipe names and that stays as it is → why.
-    dequantized: scheme → how many of the source's weights were read from it.
+    dequantized: scheme → how many of the source's weights were read from it. engines: engine → why it does
+    not load the checkpoint; empty where it does.
     The remaining fields are of this process only and stay out of the file, which holds no times and no paths.
     needs: of an export that was only asked about.
     """
@@ -46,6 +48,7 @@ class ExportReport:
     left_out: Mapping[str, str] = field(default_factory=dict)
     dequantized: Mapping[str, int] = field(default_factory=dict)
     folds: Mapping[str, Sequence[str]] = field(default_factory=dict)
+    engines: Mapping[Engine, Sequence[str]] = field(default_factory=dict)
     already_finished: bool = False
     shards_written: int = 0
     shards_kept: int = 0
@@ -69,6 +72,10 @@ class ExportReport:
             ],
             "kept_at_one": dict(self.kept_at_one),
             "left_out": dict(self.left_out),
+            "engines": {
+                engine: {"loads": not reasons, "why_not": list(reasons)}
+                for engine, reasons in self.engines.items()
+            },
         }
         if self.folds:
             content["folds"] = {source: list(readers) for source, readers in self.folds.items()}
@@ -96,6 +103,7 @@ def describe(
     folds: Mapping[str, Sequence[str]],
     left_out: Mapping[str, str],
     quantized: Mapping[str, str],
+    engines: Mapping[Engine, Sequence[str]],
 ) -> ExportReport:
     """The report of a plan, before anything is written. quantized: the source's weight → its scheme."""
     units = [unit for shard in shards for unit in shard.units]
@@ -116,4 +124,5 @@ def describe(
         folds=folds,
         left_out=left_out,
         dequantized=dict(sorted(Counter(quantized.values()).items())),
+        engines=engines,
     )

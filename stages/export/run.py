@@ -7,6 +7,7 @@ from time import monotonic
 
 import torch
 
+from stages.export.closing import require_readable
 from stages.export.dry_run import forecast
 from stages.export.flow import in_order
 from stages.export.folder import ExportFolder, open_folder
@@ -33,6 +34,9 @@ WORKERS = 4
 
 AHEAD = 1 << 26
 """Bytes of the source that are read ahead, for each thread that packs."""
+
+MOST_TOLD = 5
+"""Findings of the last look that are told."""
 
 SLACK = 1 << 20
 """Bytes set aside for headers, journal and report when free space is checked."""
@@ -71,6 +75,7 @@ def export(
         kept = sum(shard.file in folder.journal for shard in plan.shards)
         _write(folder, plan, progress)
         plan.ingredients.source.require_unchanged()
+        _look(folder, plan, progress)
         folder.publish()
     _tell_policies(plan.report, progress)
     written = len(plan.shards) - kept
@@ -113,6 +118,14 @@ def _write_shards(folder: ExportFolder, plan: ExportPlan, progress: Progress) ->
         finally:
             made.close()
             torch.set_num_threads(threads)
+
+
+def _look(folder: ExportFolder, plan: ExportPlan, progress: Progress) -> None:
+    """Look at all that was written, unless an earlier process has, and was stopped as it put it into OUT."""
+    if not all((folder.partial / name).is_file() for name in folder.wanted.files):
+        return
+    for finding in require_readable(folder.partial, plan.weights_only)[:MOST_TOLD]:
+        progress.warn(f"{finding}; holdfast verify says more")
 
 
 def _workers() -> int:

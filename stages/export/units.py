@@ -8,6 +8,7 @@ from collections.abc import Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 
+from stages.engines.kv import kv_scale_names
 from stages.export.shards import TensorSpec
 from stages.formats import StoredTensor, WeightFormat
 from stages.model.matrices import StoredMatrix
@@ -99,11 +100,6 @@ def plan_units(
         units.append(Unit(f"{attention}.kv", None, specs))
     _refuse_duplicates(units)
     return units
-
-
-def kv_scale_names(attention: str) -> tuple[str, str]:
-    """Where engines look for the cache scales of K and V."""
-    return f"{attention}.k_proj.k_scale", f"{attention}.v_proj.v_scale"
 
 
 def assign_shards(units: Sequence[Unit], shard_size: int) -> list[Shard]:

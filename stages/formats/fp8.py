@@ -25,7 +25,6 @@ class Fp8(WeightFormat):
     shared_over = "fused experts"
     solvers = frozenset({"awq_lite", "awq_clip", "awq_full", "gptq"})
     holds_together = True
-    engines = ("vllm", "sglang", "trtllm")
 
     def stored(self, rows: int, columns: int) -> list[StoredTensor]:
         return [

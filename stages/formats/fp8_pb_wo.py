@@ -29,7 +29,6 @@ class Fp8PbWo(WeightFormat):
     input_bound = E4M3_MAX
     inputs = "plain"
     square = True
-    engines = ("vllm",)
 
     def stored(self, rows: int, columns: int) -> list[StoredTensor]:
         size = self.block_size

@@ -23,7 +23,6 @@ class Fp8PcPt(WeightFormat):
     input_bound = E4M3_MAX
     inputs = "found"
     weight_axis = 0
-    engines = ("vllm",)
 
     def stored(self, rows: int, columns: int) -> list[StoredTensor]:
         return [

@@ -24,7 +24,6 @@ class Mxfp8(WeightFormat):
     input_bound = E4M3_MAX
     scale_dtype = torch.float8_e8m0fnu
     inputs = "found"
-    engines = ("vllm", "sglang")
 
     def stored(self, rows: int, columns: int) -> list[StoredTensor]:
         return [

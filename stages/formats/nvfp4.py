@@ -46,7 +46,6 @@ class Nvfp4(WeightFormat):
     candidates_count = len(CODE_OFFSETS)
     solvers = frozenset({"awq_lite", "awq_clip", "awq_full", "gptq", "local_hessian", "tune"})
     holds_together = True
-    engines = ("vllm", "sglang", "trtllm")
 
     def stored(self, rows: int, columns: int) -> list[StoredTensor]:
         return [

@@ -55,7 +55,6 @@ class WeightFormat(ABC):
         square: blocks span as many rows as columns.
         holds_together: whether a checkpoint may hold all experts of a layer in one tensor of this format, as
             modelopt's exporter does.
-        engines: those that are known to load a checkpoint with such weights.
     """
 
     block_size: int
@@ -74,7 +73,6 @@ class WeightFormat(ABC):
     weight_axis: ClassVar[int | None] = None
     square: ClassVar[bool] = False
     holds_together: ClassVar[bool] = False
-    engines: ClassVar[tuple[str, ...]] = ()
 
     def with_blocks(self, block_size: int) -> Self:
         """The same format with blocks of another size."""

@@ -5,15 +5,13 @@ they are: those of MTP layers and others that the model class never builds. An e
 module without finding it on the list expects it quantized, and refuses it or reads BF16 as codes.
 """
 
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
 from typing import Any
 
+from stages.engines.exclusion import asked, caught, matrix_of
 from state.errors import InputError
 from state.source import TensorEntry
-
-EMBEDDINGS = frozenset({"embed_tokens", "wte", "word_embeddings", "embed_positions", "wpe"})
-"""What embeddings are called that no class builds, such as those of MTP layers."""
 
 
 def with_all_excluded(
@@ -42,7 +40,8 @@ def with_all_excluded(
         # modelopt lists embeddings itself, but for those that the recipe quantizes.
         modules += [name for name in left_out if f"{name}.weight" in embeddings]
         listed = list(quantization["exclude_modules"])
-        for module in modules:
+        # Engines ask for all experts of a layer at once, under the name of what holds them.
+        for module in dict.fromkeys([*modules, *map(asked, modules)]):
             if not any(fnmatchcase(module, pattern) for pattern in listed):
                 listed.append(module)
         listed += [name for name in map(_name_in_vllm, modules) if name is not None and name not in listed]
@@ -59,18 +58,8 @@ def _unquantized(
 ) -> list[str]:
     """The modules of all matrices that stay as they are, each once."""
     plain = [entry for name, entry in tensors.items() if name not in stored and name not in embeddings]
-    found = (experts.get(entry.name) or _module(entry) for entry in plain)
+    found = (experts.get(entry.name) or matrix_of(entry.name, entry.shape) for entry in plain)
     return list(dict.fromkeys(module for module in found if module is not None))
-
-
-def _module(entry: TensorEntry) -> str | None:
-    """The module that an engine would ask about for a tensor; None for what is no matrix of a linear."""
-    parent, _, leaf = entry.name.rpartition(".")
-    if len(entry.shape) == 2 and (leaf == "weight" or leaf.endswith("proj_weight")):
-        return None if parent.rpartition(".")[2] in EMBEDDINGS else parent
-    if len(entry.shape) == 3 and parent.rpartition(".")[2].endswith("experts"):
-        return parent
-    return None
 
 
 def _name_in_vllm(module: str) -> str | None:
@@ -80,12 +69,9 @@ def _name_in_vllm(module: str) -> str | None:
     return f"*layers.{number}.moe.experts*" if leaf == "experts" and number.isdigit() else None
 
 
-def _refuse_ambiguous(listed: Iterable[str], quantized: Iterable[str]) -> None:
-    """vLLM takes an entry that is part of a module's name for a match, and a pattern that fits it."""
-    for entry in listed:
-        hit = next((name for name in quantized if entry in name or fnmatchcase(name, entry)), None)
-        if hit is not None:
-            raise InputError(
-                f"{entry} stays unquantized, and engines would take its name on the list of excluded modules "
-                f"for {hit} too, which the recipe quantizes; choose a recipe that treats both alike"
-            )
+def _refuse_ambiguous(listed: Sequence[str], quantized: Iterable[str]) -> None:
+    for hit, entry in caught("vllm", quantized, listed).items():
+        raise InputError(
+            f"{entry} stays unquantized, and engines would take its name on the list of excluded modules "
+            f"for {hit} too, which the recipe quantizes; choose a recipe that treats both alike"
+        )

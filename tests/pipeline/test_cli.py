@@ -10,7 +10,7 @@ from typer.main import get_command
 from typer.testing import CliRunner
 
 from pipeline.cli import app
-from stages.settings import CalibrateSettings, ExportSettings
+from stages.settings import CalibrateSettings, ExportSettings, VerifySettings
 
 runner = CliRunner(env={"COLUMNS": "110", "NO_COLOR": "1", "TERM": "dumb"})
 
@@ -20,7 +20,7 @@ def plain(text: str) -> str:
     return re.sub(r"[\s│]+", " ", text)
 
 
-@pytest.mark.parametrize("command", [[], ["calibrate"], ["export"], ["status"]], ids=str)
+@pytest.mark.parametrize("command", [[], ["calibrate"], ["export"], ["verify"], ["status"]], ids=str)
 def test_help_teaches_the_exit_codes(command: list[str]) -> None:
     shown = runner.invoke(app, [*command, "--help"])
     assert shown.exit_code == 0
@@ -49,7 +49,10 @@ def test_nothing_typed_shows_help() -> None:
     assert "export" in shown.output
 
 
-@pytest.mark.parametrize(("name", "settings"), [("calibrate", CalibrateSettings), ("export", ExportSettings)])
+@pytest.mark.parametrize(
+    ("name", "settings"),
+    [("calibrate", CalibrateSettings), ("export", ExportSettings), ("verify", VerifySettings)],
+)
 def test_every_setting_is_an_option_with_the_same_default(name: str, settings: type[BaseModel]) -> None:
     parameters = {parameter.name: parameter for parameter in get_command(app).commands[name].params}  # type: ignore[attr-defined]
     assert set(parameters) - {"debug", "help"} == set(settings.model_fields)

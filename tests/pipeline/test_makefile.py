@@ -75,6 +75,7 @@ def test_make_alone_lists_every_target() -> None:
         "help",
         "calibrate",
         "export",
+        "verify",
         "status",
         "check",
         "repair",
@@ -92,6 +93,7 @@ def test_nothing_given_is_the_demo(typed: Callable[..., list[str]]) -> None:
     ]  # fmt: skip
     assert typed("export") == ["export", "runs/demo", "exports/demo-nvfp4"]
     assert typed("export", "RECIPE=fp8") == ["export", "runs/demo", "exports/demo-fp8", "--recipe", "fp8"]
+    assert typed("verify") == ["verify", "exports/demo-nvfp4"]
     for command in ("status", "check", "repair"):
         assert typed(command) == [command, "runs/demo"]
     assert typed("recipes") == ["recipes"]
@@ -107,6 +109,7 @@ def test_variables_reach_the_command_line(typed: Callable[..., list[str]]) -> No
     ]  # fmt: skip
     assert typed("export", "RUN=r", "OUT=o", "MODEL=m") == ["export", "r", "o", "--model", "m"]
     assert typed("recipes", "MODEL=m", "ARGS=--json") == ["recipes", "--model", "m", "--json"]
+    assert typed("verify", "OUT=o", "MODEL=m") == ["verify", "o", "--model", "m"]
 
 
 AWKWARD = (
@@ -158,6 +161,7 @@ def test_the_makefile_has_every_variable_that_is_suggested() -> None:
         (["calibrate", "MODEL=m", "RUN=r"], "DATA"),
         (["calibrate", "MODEL=m", "DATA=d"], "RUN"),
         (["export", "RUN=r"], "OUT"),
+        (["verify", "RUN=r"], "OUT"),
     ],
     ids=str,
 )

@@ -5,7 +5,7 @@ hidden state on. Nothing of a layer is computed, so the capture needs only the w
 """
 
 from collections.abc import Callable, Iterator, MutableMapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -101,15 +101,23 @@ def capture_arguments(decoder: Decoder, tokens: torch.Tensor, returns: int, alte
     return Capture(stand_ins.handed[0], tuple(stand_ins.calls))
 
 
-def finish(decoder: Decoder, tokens: torch.Tensor, output: Callable[[], torch.Tensor], returns: int) -> None:
+def finish(
+    decoder: Decoder,
+    tokens: torch.Tensor,
+    output: Callable[[], torch.Tensor],
+    returns: int,
+    logits: bool = False,
+) -> None:
     """The parent's forward around its layers, for hooks to see: its modules get what they get in the whole
     model's forward, up to the output head's input.
 
-    output: called where the last layer would be; what it returns is the parent's own to change.
+    output: called where the last layer would be; what it returns is the parent's own to change. logits: the
+    output head is computed too.
     """
     stand_ins = _StandIns(decoder, returns, recording=False)
     stand_ins.outputs[len(decoder.layers) - 1] = lambda _: output()
-    with stand_ins.installed(), without_logits(decoder.model), versions_counted():
+    head = nullcontext() if logits else without_logits(decoder.model)
+    with stand_ins.installed(), head, versions_counted():
         decoder.model(input_ids=tokens, use_cache=False)
 
 

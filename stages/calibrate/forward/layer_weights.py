@@ -7,7 +7,7 @@ arguments that their signatures name.
 
 import inspect
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Container, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
@@ -31,8 +31,11 @@ _NO_TENSOR_PARALLELISM: dict[str, None] = {
 }
 
 OUTSIDE = -1
+HEAD = -2
 Part = int
-"""A decoder layer by its number, or OUTSIDE: whatever else a text forward needs."""
+"""A decoder layer by its number; OUTSIDE: whatever else a text forward needs up to the output head; HEAD:
+that, where it has weights of its own.
+"""
 
 
 class Weights:
@@ -64,6 +67,7 @@ class Weights:
         self._mapping = get_model_conversion_mapping(self._model)
         self._dtype = self._model.dtype
         self._parameters = _parts(decoder, self._model.state_dict())
+        self._parameters[HEAD] = _own_head(self._model, {parameter for parameter, _ in parameter_of.values()})
         part_of = {name: part for part, names in self._parameters.items() for name in names}
         fed = {parameter for parameter, _ in parameter_of.values()}
         if missing := [name for name in part_of if name not in fed]:
@@ -182,6 +186,15 @@ def materialise_buffers(model: PreTrainedModel, device: torch.device) -> None:
         _assign(model, name, torch.empty_like(buffer, device=device))
     if absent:
         model.initialize_weights()
+
+
+def _own_head(model: PreTrainedModel, fed: Container[str]) -> list[str]:
+    """Parameters of the output head that the checkpoint stores for it."""
+    head = model.get_output_embeddings()
+    name = next((name for name, module in model.named_modules() if module is head), None)
+    if name is None:
+        return []
+    return [f"{name}.{leaf}" for leaf in head.state_dict() if f"{name}.{leaf}" in fed]
 
 
 def _tensor(model: nn.Module, name: str) -> torch.Tensor:

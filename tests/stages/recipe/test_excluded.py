@@ -54,6 +54,11 @@ def test_what_no_class_builds_is_added_and_what_is_listed_stays() -> None:
     ]
 
 
+def test_experts_one_by_one_are_named_as_engines_ask_for_them() -> None:
+    found = excluded(entries(mtp__mlp__experts__0__up_proj__weight=(8, 8)))
+    assert found == ["mtp.mlp.experts.0.up_proj", "mtp.mlp.experts"]
+
+
 def test_patterns_count() -> None:
     assert excluded(entries(visual__blocks__0__qkv__weight=(8, 8)), "visual*") == ["visual*"]
 
