@@ -92,7 +92,7 @@ def _costs_of_recipes(
     for name, recipe in RECIPES.items():
         seeds = SEEDS if "tuned" in recipe else SEEDS[:1]
         costs = [_costs_of_seed(subject, scratch, recipe, seed, windows, unquantized) for seed in seeds]
-        for kind in KINDS:
+        for kind in costs[0]:
             found[kind, name] = Cost.mean([own[kind] for own in costs])
     return cost(unquantized, windows, unquantized).loss, found
 
@@ -100,7 +100,7 @@ def _costs_of_recipes(
 def _costs_of_seed(
     subject: Subject, scratch: Path, recipe: str, seed: int, windows: Tensor, unquantized: Sequence[Tensor]
 ) -> dict[str, Cost]:
-    """Costs by kind of what one recipe exports."""
+    """Costs by kind of what one recipe exports; W4A4 where it stores scales of inputs."""
     settings = CalibrateSettings(
         model=str(subject.model),
         data=str(subject.data),
@@ -117,8 +117,11 @@ def _costs_of_seed(
     export(ExportSettings(run=settings.run, out=out, recipe=recipe), Silent())
     input_scales = write_dequantized(out, checkpoint)
     model = load_whole(checkpoint, CPU, "grouped_mm")
-    scales = {"W4A16": {}, "W4A4": _by_weight(model, input_scales)}
-    return {kind: cost(predictions(model, windows, scales[kind]), windows, unquantized) for kind in KINDS}
+    kinds = {"W4A16": {}, "W4A4": _by_weight(model, input_scales)} if input_scales else {"W4A16": {}}
+    return {
+        kind: cost(predictions(model, windows, scales), windows, unquantized)
+        for kind, scales in kinds.items()
+    }
 
 
 def _section(
@@ -128,6 +131,9 @@ def _section(
     for name in RECIPES:
         cells = [name]
         for kind in KINDS:
+            if (kind, name) not in found:
+                cells += ["–"] * 3
+                continue
             increase, distance = (found[kind, name].loss - base)[part], found[kind, name].distance[part]
             figures[f"{kind}/{name}"] = increase.mean().item()
             figures[f"{kind}/{name}/KL"] = distance.mean().item()
@@ -182,7 +188,8 @@ def write_dequantized(checkpoint: Path, out: Path) -> dict[str, Tensor]:
     config = json.loads((checkpoint / "config.json").read_text(encoding="utf-8"))
     config.pop("quantization_config", None)
     (out / "config.json").write_text(json.dumps(config | {"dtype": "float32"}), encoding="utf-8")
-    return {module: tensors[f"{module}.input_scale"] for module in quantized}
+    names = {module: f"{module}.input_scale" for module in quantized}
+    return {module: tensors[name] for module, name in names.items() if name in tensors}
 
 
 @torch.inference_mode()
