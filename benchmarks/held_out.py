@@ -31,7 +31,7 @@ from stages.calibrate.run import calibrate
 from stages.calibrate.schedule import solving
 from stages.calibrate.schedule.layer_matrices import LayerMatrices
 from stages.calibrate.schedule.quantized_stream import QuantizedStream
-from stages.calibrate.schedule.tuning import tune
+from stages.calibrate.schedule.tuning import Tuned, tune
 from stages.formats.quantized import Quantized
 from stages.progress import Silent
 from stages.settings import CalibrateSettings
@@ -177,12 +177,12 @@ def watching(errors: Errors, later: NDArray[np.int32]) -> Iterator[None]:
             super().collect(_shortened(step, held_out), moments)
 
     def measured(
-        step: LayerStep, stream: QuantizedStream, solved: Mapping[str, tuple[Quantized, Tensor]]
-    ) -> dict[str, Quantized]:
-        tuned = tune(_shortened(step, held_out), stream, solved)
+        step: LayerStep, stream: QuantizedStream, solved: dict[str, tuple[Quantized, Tensor]]
+    ) -> Tuned:
         before = {name: quantized for name, (quantized, _) in solved.items()}
+        tuned = tune(_shortened(step, held_out), stream, solved)
         errors.before[step.layer] = _error(step, stream, before, held_out)
-        errors.after[step.layer] = _error(step, stream, tuned, held_out)
+        errors.after[step.layer] = _error(step, stream, tuned.found, held_out)
         return tuned
 
     changes: tuple[tuple[Any, str, Callable[..., Any]], ...] = (

@@ -132,7 +132,7 @@ def _section(
         cells = [name]
         for kind in KINDS:
             if (kind, name) not in found:
-                cells += ["–"] * 3
+                cells += ["-"] * 3
                 continue
             increase, distance = (found[kind, name].loss - base)[part], found[kind, name].distance[part]
             figures[f"{kind}/{name}"] = increase.mean().item()

@@ -9,9 +9,9 @@ from stages.recipe.solvers import Solver
 from state.errors import InputError
 from state.names import split_name
 
-TUNED_BYTES = 10
-"""Of each tuned parameter: its latent and the mean of its gradient (f32 and, on their way, bf16 weight and
-gradient)."""
+TUNED_BYTES = 18
+"""Of each tuned parameter: its latent and the mean of its gradient, f32; weight and gradient, bf16, and again
+where a class joins matrices in one parameter; its code."""
 SOURCE_BYTES = 2
 MOMENT_BYTES = 4
 SHARE = 0.8

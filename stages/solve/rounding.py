@@ -6,11 +6,13 @@ elsewhere. Scales stay as GPTQ chose them. (SignSGD on rounding as in AutoRound,
 the momentum and the weights of tokens are this project's own.)
 """
 
-from dataclasses import dataclass, replace
+import math
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from stages.formats import WeightFormat
 from stages.formats.quantized import Quantized
 
 STEPS = 100
@@ -22,6 +24,11 @@ quarter at most.
 """
 MOMENTUM = 0.9
 SEED = 0
+
+FLOOR = 1e-4
+TINY = 1e-30
+HEADROOM = 4
+"""Powers of two between a token's gradient and 1, for the sum over tokens."""
 
 FIXED: dict[str, float] = {
     "steps": STEPS,
@@ -35,30 +42,33 @@ FIXED: dict[str, float] = {
 
 @dataclass
 class Latent:
-    """A matrix whose rounding is being tuned.
+    """A matrix whose rounding is being tuned, under scales that stay.
 
-    quantized: what it began with. values: U, f32 `[E, N, K]`. momentum: the running mean of its gradient,
-    likewise.
+    values: U, f32 `[E, N, K]`. momentum: the running mean of its gradient, likewise. format, scale,
+    tensor_scale: as in `Quantized`.
     """
 
-    quantized: Quantized
+    format: WeightFormat
+    scale: Tensor
+    tensor_scale: Tensor | None
     values: Tensor
     momentum: Tensor
 
     @classmethod
-    def of(cls, quantized: Quantized, values: Tensor) -> "Latent":
-        """With the latents that `gptq.solve_latent` gives."""
-        return cls(quantized, values, torch.zeros_like(values))
+    def of(cls, quantized: Quantized, latents: Tensor) -> "Latent":
+        """With the latents that `gptq.solve_latent` gives, in memory of its own."""
+        values = latents.clone(memory_format=torch.contiguous_format)
+        scales = quantized.scale.clone(), quantized.tensor_scale
+        return cls(quantized.format, *scales, values, torch.zeros_like(values))
 
     def rounded(self) -> Quantized:
         """The nearest values on the grid."""
-        return replace(self.quantized, values=self.quantized.format.round(self.values))
+        return Quantized(self.format, self.format.round(self.values), self.scale, self.tensor_scale)
 
     def weights(self, dtype: torch.dtype) -> Tensor:
         """What the layer multiplies with under them: `[E, N, K]`."""
-        own = self.quantized
         if self.values.is_cuda:
-            made = own.format.weights_on_gpu(self.values, own.scale, own.tensor_scale, dtype)
+            made = self.format.weights_on_gpu(self.values, self.scale, self.tensor_scale, dtype)
             if made is not None:
                 return made
         return self.rounded().dequantize().to(dtype)
@@ -100,9 +110,19 @@ def orders(batches: int, together: int, layer: int) -> list[list[int]]:
 
 
 def token_weights(target: Tensor) -> Tensor:
-    """1 / mean(y²) of each token, so that all count alike: f32 `[...]` for `[..., channels]`."""
+    """1 / mean(y²) of each token, so that all count alike: f32 `[...]` for `[..., channels]`. A token that is
+    all but nothing beside the others counts as if it were FLOOR of their median.
+    """
     power = target.float().pow(2).mean(-1)
-    return torch.where(power > 0, 1 / power, 0.0)
+    return 1 / power.clamp(min=float((power.median() * FLOOR).clamp(min=TINY)))
+
+
+def loss_scale(target: Tensor) -> float:
+    """A power of two that the loss is multiplied by, so that gradients of a half-precision output, which are
+    about 1 / (channels * |y|), neither vanish nor overflow. It changes no sign.
+    """
+    power = float(target.float().pow(2).mean(-1).median().clamp(min=TINY))
+    return 2.0 ** round(math.log2(target.shape[-1] * math.sqrt(power)) - HEADROOM)
 
 
 def token_errors(output: Tensor, target: Tensor) -> Tensor:

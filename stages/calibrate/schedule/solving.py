@@ -2,7 +2,7 @@
 to fold.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any
 
 import numpy as np
@@ -16,7 +16,7 @@ from stages.calibrate.observe.second_moments import Moments
 from stages.calibrate.schedule.layer_matrices import LayerMatrices
 from stages.calibrate.schedule.proving import Prover
 from stages.calibrate.schedule.quantized_stream import QuantizedStream
-from stages.calibrate.schedule.tuning import NoGradient, tune
+from stages.calibrate.schedule.tuning import NotTuned, tune
 from stages.calibrate.signals import StopRequest
 from stages.fold.folds import FoldMap, FoldSite
 from stages.formats import WeightFormat
@@ -147,16 +147,28 @@ class SolverPass:
         self._outdated |= found
 
     def _tune(self, step: LayerStep, found: LayerSolution) -> None:
-        """Go on from GPTQ's solution by gradient steps; where a layer has no gradient, that stays."""
+        """Go on from GPTQ's solution by gradient steps; where that can't be or does not help, it stays."""
         assert self.stream is not None
         latents, found.latents = found.latents, {}
+        stacked = list(latents)
         try:
-            for name, quantized in tune(step, self.stream, latents).items():
-                found.keep(name, quantized)
-        except NoGradient as error:
-            modules = list(self.modules[step.layer])
-            found.policies.append({"policy": "not-tuned", "modules": modules})
-            self.warn(f"layer {step.layer} can't be tuned and keeps GPTQ's weights: {error}")
+            tuned = tune(step, self.stream, latents)
+        except NotTuned as error:
+            self._name_not_tuned(step.layer, stacked, found)
+            self.warn(f"layer {step.layer} is not tuned and keeps GPTQ's weights: {error}")
+            return
+        for name, quantized in tuned.found.items():
+            found.keep(name, quantized)
+        if tuned.without:
+            self._name_not_tuned(step.layer, tuned.without, found)
+            self.warn(
+                f"of layer {step.layer}, {', '.join(sorted(tuned.without))} keep GPTQ's weights: autograd "
+                "finds nothing of the layer's output that depends on them"
+            )
+
+    def _name_not_tuned(self, layer: int, stacked: Collection[str], found: LayerSolution) -> None:
+        modules = [module for module in self.modules[layer] if stacked_name(module) in stacked]
+        found.policies.append({"policy": "not-tuned", "modules": modules})
 
     def pass_by(self, step: LayerStep) -> None:
         """Go on behind a layer that is not solved now: its solution is stored, or nothing in it is

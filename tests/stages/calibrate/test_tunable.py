@@ -21,12 +21,12 @@ TUNE = Solver("tune", False, True, 0.01, 1.0, "tune-00000000")
 
 
 def test_the_largest_layer() -> None:
-    """12 bytes for each of 72 parameters; 4 for each of H's elements: two of 4 x 4 and one of 6 x 6."""
-    assert largest_layer(MATRICES) == (1, 72 * 12 + (16 + 16 + 36) * 4)
+    """20 bytes for each of 72 parameters; 4 for each of H's elements: two of 4 x 4 and one of 6 x 6."""
+    assert largest_layer(MATRICES) == (1, 72 * 20 + (16 + 16 + 36) * 4)
     # q and k read the same input.
     assert largest_layer({name: shape for name, shape in MATRICES.items() if ".0.self" in name}) == (
         0,
-        40 * 12 + 16 * 4,
+        40 * 20 + 16 * 4,
     )
 
 

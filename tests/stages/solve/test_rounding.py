@@ -6,7 +6,15 @@ import torch
 from stages.formats import NVFP4
 from stages.formats.quantized import Quantized
 from stages.solve import rounding
-from stages.solve.rounding import Latent, against_noise, orders, rate_of, token_errors, token_weights
+from stages.solve.rounding import (
+    Latent,
+    against_noise,
+    loss_scale,
+    orders,
+    rate_of,
+    token_errors,
+    token_weights,
+)
 
 BLOCK = [0.0, 0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5.0, -0.1, -0.3, -0.7, -1.2, -1.8, -2.4, -3.6, 6.5]
 """Latents: ties, which go to the even mantissa, values beside them, and one beyond the grid."""
@@ -26,6 +34,7 @@ def test_latents_are_rounded_to_the_grid_under_the_scales_they_began_with() -> N
     assert found.values.tolist() == [[ROUNDED]]
     assert found.dequantize().tolist() == [[ROUNDED]]  # the step is 2 * 0.5
     assert found.scale.float().tolist() == [[[2.0]]] and found.tensor_scale is not None
+    assert latent([BLOCK]).weights(torch.bfloat16).tolist() == [[ROUNDED]]
 
 
 def test_a_step_goes_against_the_sign_of_the_mean_gradient() -> None:
@@ -76,8 +85,23 @@ def test_one_batch_is_every_step() -> None:
 
 
 def test_tokens_weigh_what_makes_them_alike() -> None:
-    target = torch.tensor([[[2.0, 2.0], [0.0, 4.0], [0.0, 0.0]]])
-    assert token_weights(target).tolist() == [[0.25, 0.125, 0.0]]
+    target = torch.tensor([[[2.0, 2.0], [0.0, 4.0], [1.0, 1.0]]])
+    assert token_weights(target).tolist() == [[0.25, 0.125, 1.0]]
+
+
+def test_tokens_that_are_nothing_beside_the_others_weigh_what_the_floor_says() -> None:
+    """Else one of them would outweigh all, or make the loss infinite."""
+    target = torch.tensor([[[4.0, 4.0], [4.0, 4.0], [4.0, 4.0], [1e-23, 0.0], [0.0, 0.0]]])
+    floor = 1 / torch.tensor(16 * 1e-4)
+    assert token_weights(target)[0].tolist() == [1 / 16] * 3 + [floor.item()] * 2
+    assert token_weights(torch.zeros(1, 2, 4)).isfinite().all()
+
+
+def test_the_loss_is_scaled_by_a_power_of_two() -> None:
+    """Gradients of an output are about 1 / (channels * |y|)."""
+    assert loss_scale(torch.full((1, 3, 64), 8.0)) == 64 * 8 / 16
+    assert loss_scale(torch.full((1, 3, 64), 8.5)) == 64 * 8 / 16
+    assert loss_scale(torch.zeros(1, 3, 64)) > 0
 
 
 def test_token_errors_are_means_over_channels() -> None:

@@ -12,7 +12,8 @@ from torch import Tensor
 from stages.calibrate.forward.replay import Replay
 from stages.calibrate.run import calibrate
 from stages.calibrate.schedule import tuning
-from stages.calibrate.schedule.tuning import tune
+from stages.calibrate.schedule.layer_matrices import LayerMatrices
+from stages.calibrate.schedule.tuning import Tuned, tune
 from stages.export.run import export
 from stages.formats import NVFP4
 from stages.formats.quantized import Quantized
@@ -146,13 +147,86 @@ def test_a_layer_without_a_gradient_keeps_gptq_and_is_named(
     assert all(after[name] == values for name, values in before.items() if name.startswith("0/"))
     assert any(after[name] != values for name, values in before.items() if name.startswith("1/"))
     [warning] = [text for text in telling.warnings if "tuned" in text]
-    assert warning.startswith(
-        "layer 0 can't be tuned and keeps GPTQ's weights: element 0 of tensors does not"
-    )
+    assert warning.startswith("layer 0 is not tuned and keeps GPTQ's weights: element 0 of tensors does not")
 
     report = export(ExportSettings(run=tmp_path / "run", out=tmp_path / "out", recipe=TUNED), Silent())
     [use] = [use for use in report.policies if use.policy == "not-tuned"]
     assert len(use.quantizers) >= 7 and all(".layers.0." in name for name in use.quantizers)
+
+
+def not_tuned(run: Path, out: Path) -> set[str]:
+    """Modules that an export says are not tuned."""
+    report = export(ExportSettings(run=run, out=out, recipe=TUNED), Silent())
+    return {name for use in report.policies if use.policy == "not-tuned" for name in use.quantizers}
+
+
+def test_a_gradient_that_is_not_finite_leaves_gptq(
+    inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No sign comes of it: the layer would stay as it is, and nobody would know."""
+    before = untuned(inputs, tmp_path / "before")
+    differentiable = Replay.differentiable
+
+    def spoilt(self: Replay, batch: int, layer: Any) -> Tensor:
+        found = differentiable(self, batch, layer)
+        return found * torch.nan if self.layer == 0 and batch == 1 else found
+
+    monkeypatch.setattr(Replay, "differentiable", spoilt)
+    telling = Telling()
+    calibrate(settings(inputs, tmp_path / "run"), telling)
+    after = solutions(tmp_path / "run")
+    values = [name for name in before if name.startswith("0/") and name.endswith("@values")]
+    assert values and all(after[name] == before[name] for name in values)
+    assert "layer 0 is not tuned and keeps GPTQ's weights: its gradient is not finite" in telling.warnings
+    assert all(".layers.0." in name for name in not_tuned(tmp_path / "run", tmp_path / "out"))
+
+
+def test_a_layer_that_comes_no_nearer_keeps_gptq(
+    inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = untuned(inputs, tmp_path / "before")
+    monkeypatch.setattr(rounding, "RATE", -0.05)  # away from it
+    telling = Telling()
+    calibrate(settings(inputs, tmp_path / "run"), telling)
+    after = solutions(tmp_path / "run")
+    values = [name for name in before if name.startswith("0/") and name.endswith("@values")]
+    assert values and all(after[name] == before[name] for name in values)
+    assert telling.warnings[0].startswith(
+        "layer 0 is not tuned and keeps GPTQ's weights: its error went from "
+    )
+    assert len(not_tuned(tmp_path / "run", tmp_path / "out")) >= 14
+
+
+def test_other_errors_are_no_lack_of_a_gradient(
+    inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The memory that is free when a layer is tuned must not decide what is stored."""
+
+    def full(self: Replay, batch: int, layer: Any) -> Tensor:
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
+
+    monkeypatch.setattr(Replay, "differentiable", full)
+    with pytest.raises(RuntimeError, match="can't allocate memory"):
+        calibrate(settings(inputs, tmp_path / "run"), Silent())
+
+
+def test_a_matrix_that_the_output_does_not_depend_on_is_named(
+    inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As those of an indexer, which chooses among tokens: here v, cut off where it is multiplied with."""
+    replaced = LayerMatrices.replaced
+
+    def cut(self: LayerMatrices, name: str, matrices: dict[str, Tensor]) -> Any:
+        return replaced(self, name, {n: m.detach() if "v_proj" in n else m for n, m in matrices.items()})
+
+    monkeypatch.setattr(LayerMatrices, "replaced", cut)
+    telling = Telling()
+    calibrate(settings(inputs, tmp_path / "run"), telling)
+    names = [f"model.layers.{layer}.self_attn.v_proj" for layer in (0, 1)]
+    assert [text.partition(" keep")[0] for text in telling.warnings] == [
+        f"of layer {layer}, {name}" for layer, name in enumerate(names)
+    ]
+    assert not_tuned(tmp_path / "run", tmp_path / "out") == set(names)
 
 
 def test_experts_that_no_token_reached_keep_gptq(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -160,14 +234,17 @@ def test_experts_that_no_token_reached_keep_gptq(tmp_path: Path, monkeypatch: py
     given: dict[str, Quantized] = {}
     found: dict[str, Quantized] = {}
 
-    def keeping(step: Any, stream: Any, solved: Any) -> dict[str, Quantized]:
+    def keeping(step: Any, stream: Any, solved: Any) -> Tuned:
+        before = {name: quantized for name, (quantized, _) in solved.items()}
         tuned = tune(step, stream, solved)
+        assert not solved
         if step.layer == 0:
-            given.update({name: quantized for name, (quantized, _) in solved.items()})
-            found.update(tuned)
+            given.update(before)
+            found.update(tuned.found)
         return tuned
 
     monkeypatch.setattr("stages.calibrate.schedule.solving.tune", keeping)
+    monkeypatch.setattr(rounding, "RATE", 0.01)
     with looking() as looked:
         calibrate(settings(tmp_path, tmp_path / "run", samples=1, seq=2), Silent())
     [reached] = {
