@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from stages.progress import Progress, Silent
-from stages.settings import CalibrateSettings, ExportSettings
+from stages.settings import CalibrateSettings, ExportSettings, QuantizeSettings
 from state.errors import (
     DamagedStore,
     Difference,
@@ -37,6 +37,7 @@ if TYPE_CHECKING:  # torch comes with them
 
     from stages.calibrate.summary import Summary
     from stages.export.report import ExportReport
+    from stages.quantize import Quantized
 
 __all__ = [
     "CalibrateSettings",
@@ -49,6 +50,7 @@ __all__ = [
     "InputError",
     "OutOfSpace",
     "Progress",
+    "QuantizeSettings",
     "RunBusy",
     "Stopped",
     "Unreadable",
@@ -58,6 +60,7 @@ __all__ = [
     "capture",
     "export",
     "open",
+    "quantize",
 ]
 
 __version__ = version("holdfast")
@@ -124,6 +127,31 @@ def export(settings: ExportSettings, progress: Progress | None = None) -> "Expor
     from stages.export.run import export
 
     return export(settings, progress or Silent())
+
+
+def quantize(settings: QuantizeSettings, progress: Progress | None = None) -> "Quantized":
+    """Calibrate, then export: both stages in one call, which goes on wherever an earlier one was cut short.
+
+        done = holdfast.quantize(
+            holdfast.QuantizeSettings(
+                model="Qwen/Qwen3-30B-A3B", data="chats.jsonl", out=Path("exports/qwen3-nvfp4")
+            )
+        )
+        done.export.policy_counts()  # {"unseen=layer": 3}
+
+    The run stays in `settings.run_folder`. What export would refuse is refused before anything is measured,
+    as far as it can be known by then.
+
+    Args:
+        progress: told what is going on; nobody is, without it.
+
+    Raises:
+        InputError, IdentityMismatch, DamagedStore: as `calibrate` and `export` do.
+        Stopped: SIGINT, SIGTERM, SIGHUP or SIGUSR1 came, or `stop_after` was over; the same call goes on.
+    """
+    from stages.quantize import quantize
+
+    return quantize(settings, progress or Silent())
 
 
 def capture(
