@@ -8,7 +8,7 @@ from pathlib import Path
 from stages.export.apply_solver import require_separable
 from stages.export.carried import carried_files
 from stages.export.cast import cast_of
-from stages.export.folder import refuse_names
+from stages.export.folder import locked, refuse_names
 from stages.export.place import Place, find_place
 from stages.export.plan import policies_of
 from stages.export.provenance import asked_identity, content_identity
@@ -51,7 +51,7 @@ def refuse_plan(
     engine_fused: Sequence[Sequence[str]],
     identity: Identity,
 ) -> None:
-    """Refuse what is known from a model and a recipe's plan for it.
+    """Refuse what is known from a model and a recipe's plan for it. Leaves the lock file beside OUT.
 
     Args:
         engine_fused: groups of hub modules that engines load as one.
@@ -59,7 +59,7 @@ def refuse_plan(
 
     Raises:
         InputError: an option can't be had with this recipe and model, or engines would refuse the checkpoint.
-        IdentityMismatch: as `refuse_place`.
+        IdentityMismatch: as `refuse_place`. RunBusy: another process is exporting to OUT.
     """
     solver, cast = solver_of(quantizers), settings.mxfp4_scale == "cast"
     with_scales(quantizers, settings.scales, solver, cast)
@@ -70,7 +70,9 @@ def refuse_plan(
     check_engine_rules(quantizers, engine_fused, source.tensors)
     refuse_names(carried_files(source.folder, (settings.run, settings.out)))
     known = content_identity(identity) | {"solver": "none" if solver is None else solver.id}
-    _refuse_other(settings, find_place(settings.out), quantizers.recipe.name, known)
+    place = find_place(settings.out)
+    with locked(place, Disk()):  # whether it can be made shows whether OUT can be written to
+        _refuse_other(settings, place, quantizers.recipe.name, known)
 
 
 def _refuse_run_inside(run: Path, place: Place) -> None:

@@ -251,6 +251,20 @@ def refuse_names(names: Iterable[str]) -> None:
 
 
 @contextmanager
+def locked(place: Place, disk: Disk) -> Iterator[None]:
+    """Hold the lock of OUT. Raises RunBusy where another process has it, InputError where it can't be had."""
+    with ExitStack() as stack:
+        try:
+            stack.enter_context(disk.lock(place.lock))
+        except RunBusy:
+            raise RunBusy(
+                f"another process is exporting to {place.out}. Wait until it ends, or stop it, then give the "
+                "same command again."
+            ) from None
+        yield
+
+
+@contextmanager
 def open_folder(
     out: Path, wanted: Wanted, disk: Disk, overwrite: bool = False, progress: Progress | None = None
 ) -> Iterator[ExportFolder]:
@@ -265,12 +279,5 @@ def open_folder(
     """
     place = find_place(out)
     refuse_names(wanted.files)
-    with ExitStack() as stack:
-        try:
-            stack.enter_context(disk.lock(place.lock))
-        except RunBusy:
-            raise RunBusy(
-                f"another process is exporting to {out}. Wait until it ends, or stop it, then give the same "
-                "command again."
-            ) from None
+    with locked(place, disk):
         yield ExportFolder(place, wanted, disk, overwrite, progress or Silent())

@@ -18,7 +18,8 @@ from stages.export.run import export
 from stages.progress import Silent
 from stages.quantize import quantize
 from stages.settings import CalibrateSettings, ExportSettings, QuantizeSettings
-from state.errors import HoldfastError, IdentityMismatch, InputError, Stopped
+from state.durable import Disk
+from state.errors import HoldfastError, IdentityMismatch, InputError, RunBusy, Stopped
 from state.reader import open_run
 from tests.stages.calibrate.runs import Crash, Interrupting, crash
 from tests.stages.export import support
@@ -165,7 +166,7 @@ def test_a_stop_that_came_with_the_last_commit_is_heeded_before_the_export(
     with pytest.raises(Stopped, match="stopped by SIGTERM"):
         quantize(asked(inputs, tmp_path), Interrupting(4, terminate))
     assert open_run(tmp_path / "out-run").head.finished
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["out-run"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".out.lock", "out-run"]
 
 
 def test_the_time_limit_holds_for_the_export_too(
@@ -231,11 +232,11 @@ def test_what_export_would_refuse_is_refused_before(
     message: str,
 ) -> None:
     prepare(tmp_path)
-    before = sorted(tmp_path.rglob("*"))
+    before = tree(tmp_path)
     changes = changes | ({"run": tmp_path / changes["run"]} if "run" in changes else {})
     with pytest.raises(InputError, match=message):
         quantize(asked(inputs, tmp_path, **changes), Silent())
-    assert sorted(tmp_path.rglob("*")) == before
+    assert tree(tmp_path) == before
 
 
 @pytest.mark.usefixtures("nothing_is_measured")
@@ -262,6 +263,13 @@ def test_another_export_is_refused_before(
         quantize(asked(inputs, tmp_path, **changes), Silent())
     assert [difference.field for difference in found.value.differences] == fields
     assert tree(tmp_path) == before
+
+
+@pytest.mark.usefixtures("nothing_is_measured")
+def test_an_out_that_another_process_makes_is_refused_before(inputs: Path, tmp_path: Path) -> None:
+    with Disk().lock(tmp_path / ".out.lock"), pytest.raises(RunBusy, match="another process is exporting to"):
+        quantize(asked(inputs, tmp_path), Silent())
+    assert [path.name for path in tmp_path.iterdir()] == [".out.lock"]
 
 
 def test_another_export_is_replaced_if_asked(inputs: Path, two_commands: Path, tmp_path: Path) -> None:
