@@ -23,7 +23,7 @@ export samples := $(or $(value SAMPLES),$(if $(value MODEL),,128))
 export seq     := $(or $(value SEQ),$(if $(value MODEL),,256))
 export batch   := $(value BATCH)
 export device  := $(value DEVICE)
-export out     := $(or $(value OUT),$(if $(value RUN),,exports/demo-$(or $(notdir $(value RECIPE)),nvfp4)))
+export out     := $(or $(value OUT),$(if $(value RUN)$(value MODEL),,exports/demo-$(or $(notdir $(value RECIPE)),nvfp4)))
 args           = $(value ARGS)
 
 VENV    ?= .venv
@@ -33,13 +33,14 @@ PYTHON  ?= $(shell for python in $(NEWEST); do \
 READY   := $(VENV)/.holdfast-ready
 
 .DEFAULT_GOAL := help
-.PHONY: help calibrate export recipes verify status check repair test test-newest test-oldest test-long test-families lint crash-test crash-test-full bench clean
+.PHONY: help quantize calibrate export recipes verify status check repair test test-newest test-oldest test-long test-families lint crash-test crash-test-full bench clean
 
 help:  ## this list
 	@echo "Holdfast: crash-safe post-training quantization for Hugging Face models"; echo
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1|\2/p' $(MAKEFILE_LIST) | while IFS='|' read -r target text; do \
 	  printf '%-18s %s\n' "$$target" "$$text"; done
 	@echo; echo "  Variables: MODEL DATA RUN OUT RECIPE SAMPLES SEQ BATCH DEVICE ARGS, such as"
+	@echo "  make quantize MODEL=Qwen/Qwen3-30B-A3B DATA=chats.jsonl OUT=exports/qwen3-nvfp4"
 	@echo "  make calibrate MODEL=Qwen/Qwen3-30B-A3B DATA=chats.jsonl RUN=runs/qwen3 SAMPLES=512 SEQ=2048"
 	@echo "  make export RUN=runs/qwen3 OUT=exports/qwen3-fp8 RECIPE=fp8"
 	@echo "  All options of a command: make calibrate ARGS=--help, make export ARGS=--help"
@@ -55,6 +56,10 @@ $(READY): pyproject.toml constraints.txt
 
 demo/model/config.json: pipeline/demo.py | $(READY)
 	@$(VENV)/bin/python -m pipeline.demo demo
+
+quantize: $(READY) $(if $(value MODEL),,demo/model/config.json)  ## both in one: MODEL and DATA to the checkpoint OUT, the run kept in OUT-run or RUN
+	@$(call needs,data out)
+	@$(VENV)/bin/holdfast quantize "$$model" "$$data" "$$out" $(call options,run samples seq batch device recipe) $(args)
 
 calibrate: $(READY) $(if $(value MODEL),,demo/model/config.json)  ## measure MODEL on DATA into RUN (nothing given: a tiny demo)
 	@$(call needs,data run)
@@ -132,5 +137,6 @@ clean:  ## remove the environment and the demo (runs and exports of your own sta
 # $(call options,NAMES): the options of those that have a value; $(call needs,NAMES): ends where one has none.
 options = $(foreach name,$(1),$(if $($(name)),--$(name) "$$$(name)"))
 needs   = $(foreach name,$(1),$(if $($(name)),,echo "make $@: $(shell echo $(name) | tr a-z A-Z) is missing. Such as: \
-  make $@ $(if $(filter calibrate,$@),MODEL=path-or-hub-id DATA=text.jsonl RUN=runs/name,RUN=runs/name OUT=exports/name)" \
+  make $@ $(if $(filter export,$@),RUN=runs/name,MODEL=path-or-hub-id DATA=text.jsonl) \
+  $(if $(filter calibrate,$@),RUN=runs/name,OUT=exports/name)" \
   >&2; exit 2;)) true

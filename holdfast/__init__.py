@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from stages.progress import Progress, Silent
-from stages.settings import CalibrateSettings, ExportSettings, VerifySettings
+from stages.settings import CalibrateSettings, ExportSettings, QuantizeSettings, VerifySettings
 from state.errors import (
     DamagedStore,
     Difference,
@@ -37,6 +37,7 @@ if TYPE_CHECKING:  # torch comes with them
 
     from stages.calibrate.summary import Summary
     from stages.export.report import ExportReport
+    from stages.quantize import Quantized
     from stages.verify.report import VerifyReport
 
 __all__ = [
@@ -50,6 +51,7 @@ __all__ = [
     "InputError",
     "OutOfSpace",
     "Progress",
+    "QuantizeSettings",
     "RunBusy",
     "Stopped",
     "Unreadable",
@@ -60,6 +62,7 @@ __all__ = [
     "capture",
     "export",
     "open",
+    "quantize",
     "verify",
 ]
 
@@ -127,6 +130,31 @@ def export(settings: ExportSettings, progress: Progress | None = None) -> "Expor
     from stages.export.run import export
 
     return export(settings, progress or Silent())
+
+
+def quantize(settings: QuantizeSettings, progress: Progress | None = None) -> "Quantized":
+    """Calibrate, then export: both stages in one call, which goes on wherever an earlier one was cut short.
+
+        done = holdfast.quantize(
+            holdfast.QuantizeSettings(
+                model="Qwen/Qwen3-30B-A3B", data="chats.jsonl", out=Path("exports/qwen3-nvfp4")
+            )
+        )
+        done.export.policy_counts()  # {"unseen=layer": 3}
+
+    The run stays in `settings.run_folder`. What export would refuse is refused before anything is measured,
+    as far as it can be known by then.
+
+    Args:
+        progress: told what is going on; nobody is, without it.
+
+    Raises:
+        InputError, IdentityMismatch, DamagedStore: as `calibrate` and `export` do.
+        Stopped: SIGINT, SIGTERM, SIGHUP or SIGUSR1 came, or `stop_after` was over; the same call goes on.
+    """
+    from stages.quantize import quantize
+
+    return quantize(settings, progress or Silent())
 
 
 def verify(settings: VerifySettings, progress: Progress | None = None) -> "VerifyReport":

@@ -1,6 +1,6 @@
-"""The command line: `holdfast calibrate`, `export`, `verify`, `recipes`, `status`, `check` and `repair`.
+"""The command line: quantize, calibrate, export, verify, recipes, status, check and repair.
 
-Stages are imported when a command needs them: torch takes seconds, and all but the first three do without.
+Stages are imported when a command needs them: torch takes seconds, and all but the first four do without.
 """
 
 from pathlib import Path
@@ -10,7 +10,7 @@ import typer
 
 from pipeline.options import Debug, quiet, takes
 from pipeline.outcome import exit_codes
-from stages.settings import CalibrateSettings, ExportSettings, VerifySettings
+from stages.settings import CalibrateSettings, ExportSettings, QuantizeSettings, VerifySettings
 
 EXIT_CODES = """
 Exit codes: 0 done (or done before) · 2 something given is wrong or missing · 3 stored work is of other
@@ -21,8 +21,9 @@ command goes on.
 app = typer.Typer(
     help="Quantizes Hugging Face models after training, so that calibration can't be lost.\n\n"
     "calibrate measures a model once and commits as it goes; export turns the run into a checkpoint, in as "
-    "many formats as you like; recipes lists them; verify proves that engines read it rightly; status looks "
-    "at a run, also while it is being made; check verifies one, and repair mends it.\n\n" + EXIT_CODES,
+    "many formats as you like; quantize is both in one; recipes lists them; verify proves that engines read "
+    "it rightly; status looks at a run, also while it is being made; check verifies one, and repair mends "
+    "it.\n\n" + EXIT_CODES,
     epilog="Killed, out of space, out of time? Give the same command again.",
     no_args_is_help=True,
     add_completion=False,
@@ -30,6 +31,34 @@ app = typer.Typer(
     rich_markup_mode="markdown",
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+
+
+@app.command(epilog=EXIT_CODES)
+@takes(QuantizeSettings)
+def quantize(settings: QuantizeSettings) -> None:
+    """Calibrates and exports in one go: from a model and text to a quantized checkpoint in OUT.
+
+    The run is kept beside OUT, as OUT-run unless --run names another one, and serves other formats: give it
+    to export, or to this command again with another OUT. What export would refuse is refused before anything
+    is measured, as far as it can be known. Killed or stopped in either stage, the same command goes on.
+
+    **Examples**
+
+    `holdfast quantize Qwen/Qwen3-30B-A3B chats.jsonl exports/qwen3-nvfp4`
+
+    `holdfast quantize ./model 'texts/*.txt' exports/mine-awq --recipe nvfp4_awq_full --run runs/mine`
+
+    `holdfast export exports/qwen3-nvfp4-run exports/qwen3-fp8 --recipe fp8`
+    """
+    from pipeline.progress import reporting
+    from pipeline.summary import print_quantized
+
+    with reporting() as progress:
+        progress.stage("loading libraries")
+        from stages.quantize import quantize
+
+        done = quantize(settings, progress)
+    print_quantized(done, settings)
 
 
 @app.command(epilog=EXIT_CODES)

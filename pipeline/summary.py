@@ -1,6 +1,7 @@
 """The short tables at the end of a command."""
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from pipeline.progress import duration, quantity
 from pipeline.tables import coverage_rows, print_rows
@@ -9,18 +10,33 @@ from stages.commands import export_command
 from stages.export.records import REPORT
 from stages.export.report import ExportReport, Needs
 from stages.export.target import told
+from stages.settings import QuantizeSettings
+
+if TYPE_CHECKING:  # torch comes with it
+    from stages.quantize import Quantized
 
 
 def print_calibration(summary: Summary) -> None:
     """What was measured, what the text did not reach, where it is, what to type next."""
+    following = export_command(str(summary.run), summary.recipe, summary.remembered)
+    print_rows([*_calibration_rows(summary), ("next", following)])
+
+
+def print_quantized(done: "Quantized", settings: QuantizeSettings) -> None:
+    """Both tables, as one."""
+    if done.calibration is not None:
+        print_rows(_calibration_rows(done.calibration))
+    print_export(done.export, settings.out)
+
+
+def _calibration_rows(summary: Summary) -> list[tuple[str, str]]:
     rows = [
         ("run", f"{summary.run}{' (was finished before)' if summary.already_finished else ''}"),
         *coverage_rows(summary.coverage),
     ]
     if not summary.already_finished:
         rows.append(("took", f"{duration(summary.seconds)} for {summary.tokens:,} tokens"))
-    rows.append(("next", export_command(str(summary.run), summary.recipe, summary.remembered)))
-    print_rows(rows)
+    return rows
 
 
 def print_export(report: ExportReport, out: Path) -> None:

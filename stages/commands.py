@@ -11,10 +11,10 @@ from typing import Any
 
 from pydantic import BaseModel
 
-from stages.settings import CalibrateSettings
+from stages.settings import CalibrateSettings, QuantizeSettings
 
-MAKE_VARIABLES = ("model", "data", "run", "recipe", "samples", "seq", "batch", "device")
-"""The settings of a calibration that the Makefile has a variable for."""
+MAKE_VARIABLES = ("model", "data", "run", "out", "recipe", "samples", "seq", "batch", "device")
+"""The settings that the Makefile has a variable for."""
 
 
 def flag(name: str) -> str:
@@ -54,20 +54,30 @@ def calibrate_command(settings: Mapping[str, Any]) -> str:
 
     What has no default and is not in the record, as in that of a captured run, is there as a word to replace.
     """
-    required = positional(CalibrateSettings)
-    given = {name: str(settings.get(name, name.upper())) for name in required}
+    return _going_on("calibrate", CalibrateSettings, settings)
+
+
+def quantize_command(settings: QuantizeSettings) -> str:
+    """The command that goes on with this one, as `calibrate_command` writes it."""
+    return _going_on("quantize", QuantizeSettings, settings.model_dump(mode="json"))
+
+
+def _going_on(command: str, kind: type[BaseModel], settings: Mapping[str, Any]) -> str:
+    given = {name: str(settings.get(name, name.upper())) for name in positional(kind)}
     if not _through_make():
-        options = as_options(CalibrateSettings, settings, leave_out=("resume",))
-        return shlex.join(["holdfast", "calibrate", *given.values(), *options])
+        options = as_options(kind, settings, leave_out=("resume",))
+        return shlex.join(["holdfast", command, *given.values(), *options])
     given |= {
         name: str(settings[name])
         for name in MAKE_VARIABLES
-        if name in settings and settings[name] != CalibrateSettings.model_fields[name].default
+        if name in kind.model_fields
+        and name in settings
+        and settings[name] != kind.model_fields[name].default
     }
     variables = [f"{name.upper()}={value}" for name, value in given.items()]
-    if options := as_options(CalibrateSettings, settings, leave_out=(*MAKE_VARIABLES, "resume")):
+    if options := as_options(kind, settings, leave_out=(*MAKE_VARIABLES, "resume")):
         variables.append(f"ARGS={shlex.join(options)}")
-    return shlex.join(["make", "calibrate", *variables])
+    return shlex.join(["make", command, *variables])
 
 
 def export_command(run: str, recipe: str, remembered: str) -> str:

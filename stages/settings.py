@@ -52,6 +52,7 @@ def _duration(value: Any) -> Any:
 
 OptionalDuration = Annotated[str | None, BeforeValidator(_duration)]
 Folder = Annotated[Path, BeforeValidator(_from_home)]
+OptionalFolder = Annotated[Path | None, BeforeValidator(_from_home)]
 Place = Annotated[str, BeforeValidator(_from_home)]
 """A path, or a name that is looked up elsewhere."""
 OptionalPlace = Annotated[str | None, BeforeValidator(_from_home)]
@@ -77,8 +78,8 @@ class Settings(BaseModel):
         return value
 
 
-class CalibrateSettings(Settings):
-    """One calibration."""
+class CalibrateOptions(Settings):
+    """What is measured, and how; all that a calibration is asked for but its run."""
 
     model: Place = Field(description="Folder of a Hugging Face model, or its hub id.")
     data: Place = Field(
@@ -86,7 +87,6 @@ class CalibrateSettings(Settings):
         "folder, a glob in quotes, or a `datasets` name (NAME or NAME:CONFIG). Chat messages go through the "
         "chat template."
     )
-    run: Folder = Field(description="Folder of the run.")
     revision: str | None = Field(default=None, description="Branch, tag or commit on the hub.")
     split: str = Field(
         default="train",
@@ -146,10 +146,14 @@ class CalibrateSettings(Settings):
     )
 
 
-class ExportSettings(Settings):
-    """One export. The policies `unseen`, `conflict`, `dead` and `expert_input_scale` are those of
-    stages/unify.py.
-    """
+class CalibrateSettings(CalibrateOptions):
+    """One calibration."""
+
+    run: Folder = Field(description="Folder of the run.")
+
+
+class _Exported(Settings):
+    """What is exported: in a class of its own so that it comes first, also in help."""
 
     run: Folder = Field(description="Folder of the run.")
     out: Folder = Field(description="Folder of the checkpoint to make.")
@@ -159,6 +163,13 @@ class ExportSettings(Settings):
     model: OptionalPlace = Field(
         default=None, description="Where the model is now, if it has moved since calibrate."
     )
+
+
+class ExportOptions(Settings):
+    """How an export decides and writes. The policies `unseen`, `conflict`, `dead` and `expert_input_scale`
+    are those of stages/unify.py.
+    """
+
     unseen: UnseenPolicy = Field(
         default="layer",
         description="An expert that no token reached: gets the largest scale of its layer, is stored in a "
@@ -198,9 +209,6 @@ class ExportSettings(Settings):
     overwrite: bool = Field(
         default=False, description="Replace another export that is at OUT; files that are not its own stay."
     )
-    partial: bool = Field(
-        default=False, description="Export an unfinished run; the checkpoint's report says so."
-    )
     trust_remote_code: bool = Field(default=False, description="Run Python code that comes with the model.")
     shard_size: int = Field(default=5_000_000_000, gt=0, description="Bytes per shard.")
     dry_run: bool = Field(
@@ -208,6 +216,54 @@ class ExportSettings(Settings):
         description="Say what would be written, which policies would act, and the disk and memory it takes; "
         "write nothing to OUT.",
     )
+
+
+class ExportSettings(ExportOptions, _Exported):
+    """One export."""
+
+    partial: bool = Field(
+        default=False, description="Export an unfinished run; the checkpoint's report says so."
+    )
+
+
+class QuantizeSettings(ExportOptions, CalibrateOptions):
+    """A calibration and an export of what it measured. An option that both have holds for both."""
+
+    out: Folder = Field(description="Folder of the checkpoint to make.")
+    run: OptionalFolder = Field(
+        default=None, description="Folder of the run, which stays; without it, OUT-run beside OUT."
+    )
+    recipe: Place = Field(
+        default="nvfp4",
+        description="modelopt's name of a recipe; AWQ and GPTQ are solved while calibrating.",
+    )
+    stop_after: OptionalDuration = Field(
+        default=None,
+        description="Stop after this time, such as 3h55m, as if a signal had come; exit code 75. Calibrating "
+        "commits first.",
+    )
+    dry_run: bool = Field(
+        default=False,
+        description="Of a run that is finished: say what would be written, which policies would act, and the "
+        "disk and memory it takes; write nothing.",
+    )
+
+    @property
+    def run_folder(self) -> Path:
+        """The run's folder, also where none is named."""
+        return self.run or self.out.with_name(f"{self.out.name}-run")
+
+    @property
+    def calibration(self) -> CalibrateSettings:
+        """The first stage's part."""
+        given = {name: getattr(self, name) for name in CalibrateSettings.model_fields}
+        return CalibrateSettings(**given | {"run": self.run_folder})
+
+    @property
+    def export(self) -> ExportSettings:
+        """The second stage's part."""
+        given = {name: getattr(self, name) for name in (*ExportOptions.model_fields, "out", "recipe")}
+        return ExportSettings(**given, run=self.run_folder)
 
 
 class VerifySettings(Settings):

@@ -7,7 +7,7 @@ from tests.imports import Graph, between, import_graph
 FLOORS: tuple[tuple[str, ...], ...] = (
     ("holdfast",),
     ("pipeline",),
-    ("stages.capture", "stages.measure"),
+    ("stages.capture", "stages.measure", "stages.quantize"),
     ("stages.calibrate", "stages.export", "stages.verify"),
     ("stages.recipe", "stages.solve", "stages.engines"),
     ("stages.model", "stages.fold", "stages.formats", "stages.kernels", "stages.unify"),

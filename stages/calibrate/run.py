@@ -1,6 +1,7 @@
 """The calibrate stage: from a model and text to a run, going on wherever an earlier process stopped."""
 
 import time
+from collections.abc import Callable
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from importlib.metadata import version
 
@@ -29,23 +30,33 @@ from state.store import RunWriter
 NOTHING = "nothing was committed yet"
 
 
-def calibrate(settings: CalibrateSettings, progress: Progress) -> Summary:
+def calibrate(
+    settings: CalibrateSettings, progress: Progress, agree: Callable[[Prepared], None] | None = None
+) -> Summary:
     """Calibrate a model, or go on with the run that is at `settings.run`: statistics, and solutions where the
     recipe has a solver, from one pass where one layer is computed at a time.
+
+    Args:
+        agree: is shown what was prepared, before anything is measured; what it raises ends the calibration.
 
     Raises InputError, IdentityMismatch, DamagedStore or RunBusy (see state.errors) with nothing lost, and
     Stopped when a signal asked for it and the progress is committed.
     """
     with stop_on_signal() as stop:
         try:
-            with _limited(stop, settings):
-                return _calibrate(settings, progress, stop)
+            with limited(stop, settings.stop_after):
+                return _calibrate(settings, progress, stop, agree)
         except Interrupted:
             where = "what was committed before is untouched" if published(settings.run, Disk()) else NOTHING
             raise Stopped(stop_message(stop, settings, where)) from None
 
 
-def _calibrate(settings: CalibrateSettings, progress: Progress, stop: StopRequest) -> Summary:
+def _calibrate(
+    settings: CalibrateSettings,
+    progress: Progress,
+    stop: StopRequest,
+    agree: Callable[[Prepared], None] | None,
+) -> Summary:
     started = time.monotonic()
     stop.check()
     disk = PlacedDisk()
@@ -56,6 +67,8 @@ def _calibrate(settings: CalibrateSettings, progress: Progress, stop: StopReques
         stack.enter_context(held)  # from here on nobody else may begin
         disk.stay_at(settings.run)
         work = prepare(settings, writer, progress)
+        if agree is not None:
+            agree(work)
         stop.check()
         disk.check()
         if isinstance(held, Claim):
@@ -81,10 +94,11 @@ def _calibrate(settings: CalibrateSettings, progress: Progress, stop: StopReques
         return _summary(settings, open_run(settings.run), tokens, started, not did_something)
 
 
-def _limited(stop: StopRequest, settings: CalibrateSettings) -> AbstractContextManager[None]:
-    if settings.stop_after is None:
+def limited(stop: StopRequest, stop_after: str | None) -> AbstractContextManager[None]:
+    """A context in which the time limit holds, where one is given."""
+    if stop_after is None:
         return nullcontext()
-    return stop.limited(seconds(settings.stop_after), f"--stop-after {settings.stop_after}")
+    return stop.limited(seconds(stop_after), f"--stop-after {stop_after}")
 
 
 def _existing(settings: CalibrateSettings, progress: Progress, disk: Disk) -> RunWriter | None:

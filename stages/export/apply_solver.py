@@ -120,9 +120,16 @@ def _solution(solved: Solved, subject: Subject, fold: Fold) -> Rescaling:
     norms = _norm_tensors(folds, scales, subject.source)
     if fold == "auto" or not scales:
         return folded(subject.dtype, folds, scales, norms)
-    if solved.solver.method != "awq_lite":
+    require_separable(solved.solver, quantizers)
+    columns = {module: subject.matrix_shape(module)[1] for module in quantizers.weights}
+    return kept_apart(subject.dtype, folds, scales, norms, columns, quantizers.fused_experts)
+
+
+def require_separable(solver: Solver, quantizers: QuantizerPlan) -> None:
+    """Raise InputError where the scales that a solver finds can't be kept apart (`--fold none`)."""
+    if solver.method != "awq_lite":
         raise InputError(
-            f"recipe {quantizers.recipe.name!r} can't be exported with --fold none: {solved.solver.method} "
+            f"recipe {quantizers.recipe.name!r} can't be exported with --fold none: {solver.method} "
             "solved the weights as they are when folded; export with --fold auto"
         )
     if quantizers.together:
@@ -130,8 +137,6 @@ def _solution(solved: Solved, subject: Subject, fold: Fold) -> Rescaling:
             f"--fold none stores a pre_quant_scale for each module, and {next(iter(quantizers.together))} is "
             "one of several in one tensor; export with --fold auto"
         )
-    columns = {module: subject.matrix_shape(module)[1] for module in quantizers.weights}
-    return kept_apart(subject.dtype, folds, scales, norms, columns, quantizers.fused_experts)
 
 
 def _folds(solved: Solved, subject: Subject) -> FoldMap:

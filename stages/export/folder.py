@@ -30,17 +30,14 @@ from stages.export.records import (
     WORK_FILES,
     WRITING,
     Written,
-    decode_journal,
-    decode_mark,
     encode_journal,
     is_plain,
     missing_record,
-    read_record,
     shown,
     written,
 )
 from stages.export.shards import Assembly, Made
-from stages.export.standing import Wanted, examine, mismatch, read_identity
+from stages.export.standing import Wanted, examine, mismatch, read_identity, unfinished_journal
 from stages.progress import Progress, Silent
 from state.durable import Bytes, Disk
 from state.errors import DamagedStore, InputError, RunBusy
@@ -133,7 +130,7 @@ class ExportFolder:
             DamagedStore: its records are damaged, or OUT can't be gone on with, and `overwrite` is off.
         """
         present = self.disk.list(self.partial)
-        journal = self._stored_journal() if present else None
+        journal = unfinished_journal(self.disk, self.place) if present else None
         if journal is not None:
             stored = self._stored_identity(journal)
             if stored == self.wanted.identity:
@@ -150,16 +147,6 @@ class ExportFolder:
         if present:
             self._discard(journal)
         return False
-
-    def _stored_journal(self) -> dict[str, Written] | None:
-        """The journal of OUT.partial; None where a kill left no more than the mark while it was removed."""
-        mark = read_record(self.disk, self.partial / MARK, decode_mark, self.remedy)
-        if mark is None or mark.out != self.out.name:
-            raise InputError(
-                f"{self.partial} exists and is not Holdfast's unfinished export to {self.out.name}; move it "
-                "away, or choose another OUT"
-            )
-        return read_record(self.disk, self.partial / JOURNAL, decode_journal, self.remedy)
 
     def _stored_identity(self, journal: Mapping[str, Written]) -> dict[str, str]:
         return read_identity(self.disk, self.partial, journal, self.remedy)
@@ -234,7 +221,7 @@ class ExportFolder:
         present = self.disk.list(self.partial)
         if present and MARK not in present:
             return
-        journal = self._stored_journal() if present else None
+        journal = unfinished_journal(self.disk, self.place) if present else None
         if journal is None or self._stored_identity(journal) == self.wanted.identity:
             remove_partial(self.disk, self.partial, (journal or {}).values())
 
@@ -255,6 +242,28 @@ class ExportFolder:
                 )
 
 
+def refuse_names(names: Iterable[str]) -> None:
+    """Raise InputError for a name that no file of a checkpoint can have."""
+    if strange := [name for name in names if not is_plain(name) or name in (*RECORDS, *WORK_FILES)]:
+        raise InputError(
+            f"{strange[0]!r} can't be the name of a file in a checkpoint; rename it in the source"
+        )
+
+
+@contextmanager
+def locked(place: Place, disk: Disk) -> Iterator[None]:
+    """Hold the lock of OUT. Raises RunBusy where another process has it, InputError where it can't be had."""
+    with ExitStack() as stack:
+        try:
+            stack.enter_context(disk.lock(place.lock))
+        except RunBusy:
+            raise RunBusy(
+                f"another process is exporting to {place.out}. Wait until it ends, or stop it, then give the "
+                "same command again."
+            ) from None
+        yield
+
+
 @contextmanager
 def open_folder(
     out: Path, wanted: Wanted, disk: Disk, overwrite: bool = False, progress: Progress | None = None
@@ -269,16 +278,6 @@ def open_folder(
             records say nothing that could be trusted.
     """
     place = find_place(out)
-    if strange := [name for name in wanted.files if not is_plain(name) or name in (*RECORDS, *WORK_FILES)]:
-        raise InputError(
-            f"{strange[0]!r} can't be the name of a file in a checkpoint; rename it in the source"
-        )
-    with ExitStack() as stack:
-        try:
-            stack.enter_context(disk.lock(place.lock))
-        except RunBusy:
-            raise RunBusy(
-                f"another process is exporting to {out}. Wait until it ends, or stop it, then give the same "
-                "command again."
-            ) from None
+    refuse_names(wanted.files)
+    with locked(place, disk):
         yield ExportFolder(place, wanted, disk, overwrite, progress or Silent())

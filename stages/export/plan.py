@@ -84,7 +84,7 @@ def plan_export(settings: ExportSettings, progress: Progress) -> ExportPlan:
     cast = Cast()
     if cast_asked:
         cast = cast_of(source, plan.matrices, quantizers, solver)
-    policies = Policies(settings.unseen, settings.conflict, settings.dead, settings.expert_input_scale)
+    policies = policies_of(settings)
     groups = run.layout.groups("same_input"), run.layout.groups("engine_fused")
     decisions = decide(
         replace(applied.found, weights={**applied.found.weights, **cast.amax}),
@@ -147,6 +147,11 @@ def plan_export(settings: ExportSettings, progress: Progress) -> ExportPlan:
         frozenset(cast.amax),
     )
     return ExportPlan(tuple(shards), ingredients, small, identity, report, without_input)
+
+
+def policies_of(settings: ExportSettings) -> Policies:
+    """The policies that are asked for."""
+    return Policies(settings.unseen, settings.conflict, settings.dead, settings.expert_input_scale)
 
 
 def _check_widths(found: Observed, matrices: Mapping[str, StoredMatrix], source: Source) -> None:

@@ -11,7 +11,7 @@ from stages.recipe.recipes import Recipe
 from stages.recipe.solvers import Solver
 from stages.unify import Policies
 from state.errors import Difference, IdentityMismatch
-from state.identity import digest_json
+from state.identity import Identity, digest_json
 from state.objects import ZARR
 from state.reader import Calibration
 from state.record import RunRecord
@@ -87,22 +87,35 @@ def export_identity(
         prefix = f"{ZARR}/solutions/{solver.id}/"
         solutions = {path: seen for path, seen in run.head.objects.items() if path.startswith(prefix)}
     layout = [(shard.file, [(spec.name, spec.dtype, spec.shape) for spec in shard.specs]) for shard in shards]
-    record = run.record
     return {
-        "run.tensors": record.identity.tensors_digest,
-        "run.config": digest_json(record.identity.config),
-        "run.tokens": record.identity.tokens,
+        **content_identity(run.record.identity),
         "run.statistics": digest_json(sorted(statistics.items())),
         "run.finished": str(run.head.finished),
-        "recipe": recipe.digest,
+        **asked_identity(recipe, policies, fold),
         "solver": "none" if solver is None else solver.id,
         "solutions": digest_json(sorted(solutions.items())),
-        "fold": fold,
-        **{f"policy.{name}": value for name, value in asdict(policies).items()},
         "dtype": dtype,
         "layout": digest_json(layout),
         "carried": digest_json(sorted(carried.items())),
+    }
+
+
+def asked_identity(recipe: Recipe, policies: Policies, fold: str) -> dict[str, str]:
+    """The fields that are known from what a person asks for, with the libraries at hand."""
+    return {
+        "recipe": recipe.digest,
+        "fold": fold,
+        **{f"policy.{name}": value for name, value in asdict(policies).items()},
         **{f"version.{package}": version(package) for package in PACKAGES},
+    }
+
+
+def content_identity(identity: Identity) -> dict[str, str]:
+    """The fields that are known from what a run is calibrated with, before it is."""
+    return {
+        "run.tensors": identity.tensors_digest,
+        "run.config": digest_json(identity.config),
+        "run.tokens": identity.tokens,
     }
 
 

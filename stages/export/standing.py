@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from stages.export.ownership import is_intact
+from stages.export.place import Place
 from stages.export.records import (
     IDENTITY,
     JOURNAL,
@@ -66,10 +67,57 @@ def examine(disk: Disk, out: Path, wanted: Wanted, overwrite: bool) -> Standing:
         IdentityMismatch: OUT is another export, and `overwrite` is off.
         DamagedStore: OUT's journal is damaged or missing; or OUT is damaged, and `overwrite` is off.
     """
-    present = disk.list(out)
-    if not present:
+    if not disk.list(out):
         return Standing()
-    if not RECORDS & set(present):
+    mark = _mark_of(disk, out)
+    if mark is not None and mark.exchange is not None:
+        return Standing(mark, _exchanged(disk, out, wanted), mark.exchange)
+    return _examine_whole(disk, out, wanted, overwrite, mark)
+
+
+def refuse_known(disk: Disk, place: Place, wanted: Wanted, overwrite: bool) -> None:
+    """Refuse what is at OUT or OUT.partial while only a part of the wanted identity is known, and no file's
+    name. Reads records alone, and changes nothing.
+
+    Raises InputError, IdentityMismatch and DamagedStore as making the export would.
+    """
+    for folder in (place.out, place.partial):
+        if not disk.list(folder):
+            continue
+        if folder == place.partial:
+            journal = unfinished_journal(disk, place)
+        else:
+            mark = _mark_of(disk, folder)
+            if mark is not None and mark.exchange is not None:
+                continue
+            journal = _whole_journal(disk, folder)
+        if overwrite or journal is None:
+            continue
+        stored = read_identity(disk, folder, journal, f"move {folder} away, then give the same command again")
+        known = {field: stored[field] for field in wanted.identity if field in stored}
+        if known != wanted.identity:
+            raise mismatch(disk, folder, known, wanted)
+
+
+def unfinished_journal(disk: Disk, place: Place) -> dict[str, Written] | None:
+    """The journal of OUT.partial; None where a kill left no more than the mark while it was removed.
+
+    Raises:
+        InputError: it is not Holdfast's. DamagedStore: a record of it is damaged.
+    """
+    remedy = f"move {place.partial} away, then give the same command again"
+    mark = read_record(disk, place.partial / MARK, decode_mark, remedy)
+    if mark is None or mark.out != place.out.name:
+        raise InputError(
+            f"{place.partial} exists and is not Holdfast's unfinished export to {place.out.name}; move it "
+            "away, or choose another OUT"
+        )
+    return read_record(disk, place.partial / JOURNAL, decode_journal, remedy)
+
+
+def _mark_of(disk: Disk, out: Path) -> Mark | None:
+    """The mark of a folder that holds something. Raises InputError unless it is ours, and to become OUT."""
+    if not RECORDS & set(disk.list(out)):
         raise InputError(f"{out} exists and is no export of Holdfast; choose another OUT, or move it away")
     mark = read_record(disk, out / MARK, decode_mark, f"move {out} away, or choose another OUT")
     if mark is not None and mark.out != out.name:
@@ -77,9 +125,16 @@ def examine(disk: Disk, out: Path, wanted: Wanted, overwrite: bool) -> Standing:
             f"{out} is an unfinished export to a folder named {mark.out}; rename it back to "
             f"{mark.out}.partial and export there, or choose another OUT"
         )
-    if mark is not None and mark.exchange is not None:
-        return Standing(mark, _exchanged(disk, out, wanted), mark.exchange)
-    return _examine_whole(disk, out, wanted, overwrite, mark)
+    return mark
+
+
+def _whole_journal(disk: Disk, out: Path) -> dict[str, Written]:
+    """The journal of OUT where nothing is exchanged. Raises DamagedStore where it is missing or damaged."""
+    lost = f"without it nothing tells which files Holdfast wrote: move {out} away, or choose another OUT"
+    journal = read_record(disk, out / JOURNAL, decode_journal, lost)
+    if journal is None:
+        raise missing_record(out / JOURNAL, lost)
+    return journal
 
 
 def read_identity(disk: Disk, folder: Path, journal: Mapping[str, Written], remedy: str) -> dict[str, str]:
@@ -118,10 +173,7 @@ def mismatch(disk: Disk, folder: Path, stored: Mapping[str, str], wanted: Wanted
 
 def _examine_whole(disk: Disk, out: Path, wanted: Wanted, overwrite: bool, mark: Mark | None) -> Standing:
     """OUT without a mark, or with that of a folder that was renamed in one piece."""
-    lost = f"without it nothing tells which files Holdfast wrote: move {out} away, or choose another OUT"
-    journal = read_record(disk, out / JOURNAL, decode_journal, lost)
-    if journal is None:
-        raise missing_record(out / JOURNAL, lost)
+    journal = _whole_journal(disk, out)
     replaced = Standing(mark, None, tuple(journal.values()))
     try:
         stored = read_identity(disk, out, journal, "give the command again with --overwrite")

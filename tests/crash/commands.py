@@ -41,6 +41,11 @@ def calibrate(*options: str) -> list[str]:
     return ["calibrate", "MODEL", "DATA", "run", *SIZES, *options]
 
 
+def quantize(*options: str) -> list[str]:
+    """The arguments of both stages in one, by way of `run` to `out`."""
+    return ["quantize", "MODEL", "DATA", "out", "--run", "run", *SIZES, *SHARDS, *options]
+
+
 def export(*options: str) -> list[str]:
     """The arguments of an export of `run` to `out`, in several shards."""
     return ["export", "run", "out", *SHARDS, *options]
@@ -61,6 +66,7 @@ SCENARIOS = (
     Scenario("export overwriting", export("--recipe", "fp8", "--overwrite"), "export", "out"),
     Scenario("export AWQ", export("--recipe", AWQ), "layerwise AWQ", "out"),
     Scenario("export GPTQ", export("--recipe", GPTQ), "layerwise GPTQ", "out"),
+    Scenario("quantize", quantize(), None, "out"),
 )
 
 

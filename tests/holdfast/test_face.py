@@ -57,6 +57,19 @@ def test_calibrate_and_export(demo: Path, tmp_path: Path) -> None:
     assert (summary.tokens, summary.already_finished) == (128, False)
     report = holdfast.export(holdfast.ExportSettings(run=tmp_path / "run", out=tmp_path / "out"))
     assert (report.recipe, report.shards_written) == ("nvfp4", 1)
+    done = holdfast.quantize(
+        holdfast.QuantizeSettings(
+            model=str(demo / "model"),
+            data=str(demo / "text.jsonl"),
+            out=tmp_path / "fp8",
+            run=tmp_path / "run",
+            recipe="fp8",
+            samples=4,
+            seq=32,
+        )
+    )
+    assert done.calibration is not None and done.calibration.already_finished
+    assert (done.export.recipe, done.export.shards_written) == ("fp8", 1)
     amax = holdfast.open(tmp_path / "run").amax("model.layers.2.self_attn.q_proj")
     assert (amax.dtype, amax.shape) == (np.float32, (128,))
 

@@ -10,7 +10,7 @@ from typer.main import get_command
 from typer.testing import CliRunner
 
 from pipeline.cli import app
-from stages.settings import CalibrateSettings, ExportSettings, VerifySettings
+from stages.settings import CalibrateSettings, ExportSettings, QuantizeSettings, VerifySettings
 
 runner = CliRunner(env={"COLUMNS": "110", "NO_COLOR": "1", "TERM": "dumb"})
 
@@ -20,7 +20,9 @@ def plain(text: str) -> str:
     return re.sub(r"[\s│]+", " ", text)
 
 
-@pytest.mark.parametrize("command", [[], ["calibrate"], ["export"], ["verify"], ["status"]], ids=str)
+@pytest.mark.parametrize(
+    "command", [[], ["quantize"], ["calibrate"], ["export"], ["verify"], ["status"]], ids=str
+)
 def test_help_teaches_the_exit_codes(command: list[str]) -> None:
     shown = runner.invoke(app, [*command, "--help"])
     assert shown.exit_code == 0
@@ -37,6 +39,9 @@ def test_help_teaches_the_exit_codes(command: list[str]) -> None:
 def test_help_has_examples_and_policies() -> None:
     calibrate = plain(runner.invoke(app, ["calibrate", "--help"]).output)
     assert "holdfast calibrate Qwen/Qwen3-30B-A3B chats.jsonl runs/qwen3" in calibrate
+    quantize = plain(runner.invoke(app, ["quantize", "--help"]).output)
+    assert "holdfast quantize Qwen/Qwen3-30B-A3B chats.jsonl exports/qwen3-nvfp4" in quantize
+    assert "without it, OUT-run beside OUT" in quantize
     export = plain(runner.invoke(app, ["export", "--help"]).output)
     assert "holdfast export runs/qwen3 exports/qwen3-fp8 --recipe fp8" in export
     for choices in ("layer|weights-only|error", "max|error", "floor|error", "layer|expert"):
@@ -45,13 +50,18 @@ def test_help_has_examples_and_policies() -> None:
 
 def test_nothing_typed_shows_help() -> None:
     shown = runner.invoke(app, [])
-    assert "calibrate" in shown.output
-    assert "export" in shown.output
+    for command in ("quantize", "calibrate", "export"):
+        assert re.search(rf"^│ {command} +\w", shown.output, re.MULTILINE), command
 
 
 @pytest.mark.parametrize(
     ("name", "settings"),
-    [("calibrate", CalibrateSettings), ("export", ExportSettings), ("verify", VerifySettings)],
+    [
+        ("quantize", QuantizeSettings),
+        ("calibrate", CalibrateSettings),
+        ("export", ExportSettings),
+        ("verify", VerifySettings),
+    ],
 )
 def test_every_setting_is_an_option_with_the_same_default(name: str, settings: type[BaseModel]) -> None:
     parameters = {parameter.name: parameter for parameter in get_command(app).commands[name].params}  # type: ignore[attr-defined]
@@ -91,6 +101,7 @@ def test_impossible_settings_exit_2(arguments: list[str], message: str) -> None:
     [
         ["calibrate", "model"],
         ["export", "run", "out", "--unseen", "zero"],
+        ["quantize", "model", "data", "out", "--partial"],
         ["calibrate", "m", "d", "r", "--batch", "x"],
     ],
     ids=str,

@@ -140,6 +140,26 @@ def test_bad_input_is_one_line_and_leaves_nothing(
     assert not (tmp_path / "run").exists()
 
 
+def test_one_command_for_both_stages(demo: Path, folder: Path) -> None:
+    """Here with the run that is there: what both tables say, and how it ends."""
+    command = ["quantize", str(demo / "model"), str(demo / "text.jsonl"), str(folder / "one"), *SIZES]
+    command += ["--run", str(folder / "run")]
+    done = runner.invoke(app, command)
+    assert done.exit_code == 0, done.stderr
+    rows = [line.split("  ")[0] for line in done.stdout.splitlines()]
+    assert rows[0] == "run" and rows.index("checkpoint") > rows.index("sites") and rows[-1] == "took"
+    assert "next" not in rows
+    assert "(was finished before)" in done.stdout.splitlines()[0]
+    refused = runner.invoke(app, [*command, "--recipe", "fp8"])
+    assert refused.exit_code == 3
+    assert re.search(r"  recipe: stored nvfp4 \(xxh3:\w{32}\), now fp8 \(xxh3:\w{32}\)\n", refused.stderr)
+    stopped = runner.invoke(
+        app, [*command, "--overwrite", "--unseen", "weights-only", "--stop-after", "0.01"]
+    )
+    assert stopped.exit_code == 75
+    assert "the same command goes on from there: holdfast quantize " in stopped.stderr.splitlines()[-1]
+
+
 def test_a_missing_model_or_text_exits_2(demo: Path, tmp_path: Path) -> None:
     text = str(demo / "text.jsonl")
     refused = runner.invoke(app, ["calibrate", str(tmp_path / "model"), text, str(tmp_path / "run")])

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from stages.commands import MAKE_VARIABLES, calibrate_command
-from stages.settings import CalibrateSettings
+from stages.commands import MAKE_VARIABLES, calibrate_command, quantize_command
+from stages.settings import CalibrateSettings, QuantizeSettings
 
 ROOT = Path(__file__).parent.parent.parent
 VARIABLES = (
@@ -73,6 +73,7 @@ def test_make_alone_lists_every_target() -> None:
     )
     for target in (
         "help",
+        "quantize",
         "calibrate",
         "export",
         "verify",
@@ -92,6 +93,10 @@ def test_nothing_given_is_the_demo(typed: Callable[..., list[str]]) -> None:
         "calibrate", "demo/model", "demo/text.jsonl", "runs/demo", "--samples", "128", "--seq", "256",
     ]  # fmt: skip
     assert typed("export") == ["export", "runs/demo", "exports/demo-nvfp4"]
+    assert typed("quantize", "RECIPE=fp8") == [
+        "quantize", "demo/model", "demo/text.jsonl", "exports/demo-fp8", "--run", "runs/demo",
+        "--samples", "128", "--seq", "256", "--recipe", "fp8",
+    ]  # fmt: skip
     assert typed("export", "RECIPE=fp8") == ["export", "runs/demo", "exports/demo-fp8", "--recipe", "fp8"]
     assert typed("verify") == ["verify", "exports/demo-nvfp4"]
     for command in ("status", "check", "repair"):
@@ -107,6 +112,11 @@ def test_variables_reach_the_command_line(typed: Callable[..., list[str]]) -> No
         "calibrate", "m", "a b", "r", "--samples", "3", "--seq", "64", "--batch", "2", "--device", "cpu",
         "--recipe", "fp8", "--split", "a", "--column", "b c",
     ]  # fmt: skip
+    assert typed("quantize", *given, "OUT=o", *more) == [
+        "quantize", "m", "a b", "o", "--run", "r", "--samples", "3", "--seq", "64", "--batch", "2",
+        "--device", "cpu", "--recipe", "fp8", "--split", "a", "--column", "b c",
+    ]  # fmt: skip
+    assert typed("quantize", "MODEL=m", "DATA=d", "OUT=o") == ["quantize", "m", "d", "o"]
     assert typed("export", "RUN=r", "OUT=o", "MODEL=m") == ["export", "r", "o", "--model", "m"]
     assert typed("recipes", "MODEL=m", "ARGS=--json") == ["recipes", "--model", "m", "--json"]
     assert typed("verify", "OUT=o", "MODEL=m") == ["verify", "o", "--model", "m"]
@@ -149,6 +159,10 @@ def test_a_suggested_command_brings_back_its_values(
     assert typed(*shlex.split(suggested)[1:]) == [
         "calibrate", f"m{value}", f"d{value}", f"r{value}", "--split", f"s{value}",
     ]  # fmt: skip
+    both = QuantizeSettings(model=f"m{value}", data=f"d{value}", out=f"o{value}", run=f"r{value}")
+    assert typed(*shlex.split(quantize_command(both))[1:]) == [
+        "quantize", f"m{value}", f"d{value}", f"o{value}", "--run", f"r{value}",
+    ]  # fmt: skip
 
 
 def test_the_makefile_has_every_variable_that_is_suggested() -> None:
@@ -162,6 +176,9 @@ def test_the_makefile_has_every_variable_that_is_suggested() -> None:
         (["calibrate", "MODEL=m", "DATA=d"], "RUN"),
         (["export", "RUN=r"], "OUT"),
         (["verify", "RUN=r"], "OUT"),
+        (["quantize", "MODEL=m", "DATA=d"], "OUT"),
+        (["quantize", "MODEL=m", "OUT=o"], "DATA"),
+        (["quantize", "RUN=r"], "OUT"),
     ],
     ids=str,
 )

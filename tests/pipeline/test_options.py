@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 
 from pipeline.options import takes
 from stages.commands import as_options, positional
-from stages.settings import CalibrateSettings, ExportSettings
+from stages.settings import CalibrateSettings, ExportSettings, QuantizeSettings
 
 runner = CliRunner(env={"COLUMNS": "110", "NO_COLOR": "1", "TERM": "dumb"})
 
@@ -82,6 +82,6 @@ def test_what_a_field_refuses_ends_as_a_message() -> None:
     assert "Traceback" in run("a", "--rounds", "0", "--debug")[0].stderr
 
 
-@pytest.mark.parametrize("settings", [CalibrateSettings, ExportSettings])
+@pytest.mark.parametrize("settings", [CalibrateSettings, ExportSettings, QuantizeSettings])
 def test_every_setting_says_what_it_is(settings: type[BaseModel]) -> None:
     assert [name for name, field in settings.model_fields.items() if not field.description] == []

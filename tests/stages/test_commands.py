@@ -2,8 +2,8 @@
 
 import pytest
 
-from stages.commands import calibrate_command, export_command
-from stages.settings import CalibrateSettings
+from stages.commands import calibrate_command, export_command, quantize_command
+from stages.settings import CalibrateSettings, QuantizeSettings
 
 SETTINGS = CalibrateSettings(
     model="org/model",
@@ -32,6 +32,34 @@ def test_calibrate_by_make() -> None:
     assert calibrate_command(SETTINGS) == (
         "make calibrate MODEL=org/model 'DATA=my texts/*.txt' RUN=runs/a SAMPLES=64 "
         "'ARGS=--split test --accept-environment'"
+    )
+
+
+QUANTIZE = QuantizeSettings(
+    model="org/model",
+    data="my texts/*.txt",
+    out="exports/a b",
+    run="runs/a",
+    recipe="fp8",
+    stop_after="3h",
+    overwrite=True,
+    resume="never",
+)
+
+
+def test_quantize_by_holdfast() -> None:
+    assert quantize_command(QUANTIZE) == (
+        "holdfast quantize org/model 'my texts/*.txt' 'exports/a b' --recipe fp8 --stop-after 3h --overwrite "
+        "--run runs/a"
+    )
+    assert quantize_command(QuantizeSettings(model="m", data="d", out="o")) == "holdfast quantize m d o"
+
+
+@pytest.mark.usefixtures("through_make")
+def test_quantize_by_make() -> None:
+    assert quantize_command(QUANTIZE) == (
+        "make quantize MODEL=org/model 'DATA=my texts/*.txt' 'OUT=exports/a b' RUN=runs/a RECIPE=fp8 "
+        "'ARGS=--stop-after 3h --overwrite'"
     )
 
 

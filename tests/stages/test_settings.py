@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 from pydantic import ValidationError
 
-from stages.settings import CalibrateSettings, ExportSettings, seconds
+from stages.settings import CalibrateSettings, ExportSettings, QuantizeSettings, seconds
 from state.errors import InputError
 
 
@@ -17,6 +17,25 @@ def test_a_path_may_begin_at_home(monkeypatch: pytest.MonkeyPatch) -> None:
     export = ExportSettings(run=Path("~/runs/a"), out="~", model="~/model", recipe=None)
     assert (export.run, export.out) == (Path("/home/ada/runs/a"), Path("/home/ada"))
     assert (export.model, export.recipe) == ("/home/ada/model", None)
+
+
+def test_quantize_is_given_what_both_stages_are() -> None:
+    both = CalibrateSettings.model_fields.keys() | ExportSettings.model_fields.keys()
+    assert both - QuantizeSettings.model_fields.keys() == {"partial"}  # what it exports is finished
+    given = {"model": "m", "data": "d", "out": Path("exports/a"), "recipe": "fp8", "samples": 3}
+    settings = QuantizeSettings(
+        **given, trust_remote_code=True, fold="none", stop_after="1h", revision="main"
+    )
+    run = Path("exports/a-run")
+    assert settings.calibration == CalibrateSettings(
+        model="m", data="d", run=run, recipe="fp8", samples=3, trust_remote_code=True, stop_after="1h",
+        revision="main",
+    )  # fmt: skip
+    assert settings.export == ExportSettings(
+        run=run, out=Path("exports/a"), recipe="fp8", trust_remote_code=True, fold="none"
+    )
+    named = QuantizeSettings(**given, run="runs/b")
+    assert named.calibration.run == named.export.run == Path("runs/b")
 
 
 def test_names_and_other_paths_stay_as_they_are() -> None:

@@ -114,7 +114,7 @@ def relations(skeleton: Skeleton, found: Probe) -> tuple[Relation, ...]:
     groups: list[tuple[RelationKind, str | None, list[str]]] = []
     groups += [("same_input", None, members) for members in same.values()]
     groups += [("norm_consumers", norm, members) for norm, members in consumers.items()]
-    groups += [("engine_fused", None, members) for members in _engine_fused(skeleton)]
+    groups += [("engine_fused", None, members) for members in engine_fused(skeleton)]
     layers: dict[tuple[RelationKind, str | None, tuple[str, ...]], set[int]] = defaultdict(set)
     for kind, norm_name, members in groups:
         patterns = tuple(dict.fromkeys(split_name(member)[0] for member in members))
@@ -133,7 +133,8 @@ def is_norm(module: nn.Module) -> bool:
     return "norm" in type(module).__name__.lower() and not list(module.children())
 
 
-def _engine_fused(skeleton: Skeleton) -> Iterator[list[str]]:
+def engine_fused(skeleton: Skeleton) -> Iterator[list[str]]:
+    """Groups of linears that engines load as one, by hub name; of fused experts, the first stands for all."""
     names: Iterable[str] = [linear.hub for linear in skeleton.linears]
     names = [*names, *(f"{module.hub}.0.{leaf}" for module in skeleton.experts for leaf in module.up)]
     known = set(names)
