@@ -17,6 +17,7 @@ RULES = {
     "extra-tensor": "no tensor is there that the format does not have",
     "dtype": "every tensor has the format's dtype",
     "shape": "every tensor has the shape that its weight and its format give it",
+    "misfit": "every weight consists of whole blocks of its format, where engines take no others",
     "not-declared": "the format of every quantized module is said, and is known",
     "packed-and-plain": "no weight is there twice, quantized and plain or fused and apart",
     "fused-formats": "linears that engines fuse, and a layer's experts, are in one format",

@@ -72,7 +72,7 @@ def _module(module: Quantized, stated: Stated) -> Iterator[Finding]:
     for leaf_name in module.tensors.keys() - {leaf.name for leaf in algo.leaves}:
         yield Finding("extra-tensor", module.tensor(leaf_name), f"{algo.name} has no {leaf_name}")
     if sizes is not None and (why := misfit(algo, *sizes)) is not None:
-        yield Finding("shape", module.tensor("weight"), why)
+        yield Finding("misfit", module.tensor("weight"), why)
 
 
 def _beside(tensors: Mapping[str, TensorEntry], inventory: Inventory) -> Iterator[Finding]:

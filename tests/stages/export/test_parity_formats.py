@@ -110,7 +110,7 @@ def test_a_cache_in_nvfp4(calibrated: tuple[Path, Path], tmp_path: Path) -> None
 def test_embeddings_stay_as_they_are(calibrated: tuple[Path, Path], tmp_path: Path, several: bool) -> None:
     rule = "    - {quantizer_name: '*embed_tokens.weight_quantizer', cfg: {$import: nvfp4}}\n"
     one = MIXED[: MIXED.index("    - {quantizer_name: '*layers.0.self_attn")]
-    one += "    - {quantizer_name: '*layers.1.mlp*down_proj*weight_quantizer*', cfg: {$import: nvfp4}}\n"
+    one += "    - {quantizer_name: '*layers.1.mlp*proj*weight_quantizer*', cfg: {$import: nvfp4}}\n"
     (tmp_path / "own.yaml").write_text((MIXED if several else one) + rule)
     export(ExportSettings(run=calibrated[1], out=tmp_path / "out", recipe=str(tmp_path / "own.yaml")))
     name = "model.embed_tokens"
