@@ -6,24 +6,19 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from stages.formats.grids import E2M1_MAX, decode_e2m1, encode_e2m1, power_of_two, round_e2m1_down
-from stages.formats.packing import block_amax as amax_of_blocks
+from stages.formats.grids import E2M1_MAX, decode_e2m1, encode_e2m1, round_e2m1_down
+from stages.formats.microscaling import Microscaling
 from stages.formats.packing import e2m1_codes_down, pack_e2m1
-from stages.formats.weight_format import StoredTensor, WeightFormat
+from stages.formats.weight_format import StoredTensor
 
 
 @dataclass(frozen=True)
-class Mxfp4(WeightFormat):
+class Mxfp4(Microscaling):
     """W = e2m1(nibble) * 2^(weight_scale - 127); two values a byte, the even column low."""
 
-    block_size: int = 32
-
     name = "mxfp4"
-    grain = "block"
     bound = E2M1_MAX
     input_bound = E2M1_MAX
-    scale_dtype = torch.float8_e8m0fnu
-    inputs = "found"
 
     def stored(self, rows: int, columns: int) -> list[StoredTensor]:
         return [
@@ -36,17 +31,6 @@ class Mxfp4(WeightFormat):
 
     def decode(self, codes: Tensor) -> Tensor:
         return decode_e2m1(codes.view(torch.uint8))
-
-    def scales_from_amax(self, amax: Tensor, tensor_scale: Tensor | None) -> Tensor:
-        return power_of_two(amax, self.bound)
-
-    def block_scale(
-        self, weight: Tensor, tensor_scale: Tensor | None, block_amax: Tensor | None = None
-    ) -> Tensor | None:
-        """uint8 `[N, K/32]`, exponents of two, more by 127."""
-        if block_amax is None:
-            block_amax = amax_of_blocks(weight, self.block_size)
-        return self.scales_from_amax(block_amax, None).view(torch.uint8)
 
     def pack(self, weight: Tensor, tensor_scale: Tensor | None, block_scale: Tensor | None) -> Tensor:
         """uint8 `[N, K/2]`."""

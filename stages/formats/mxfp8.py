@@ -6,24 +6,19 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from stages.formats.grids import E4M3_MAX, power_of_two, round_e4m3
-from stages.formats.packing import block_amax as amax_of_blocks
+from stages.formats.grids import E4M3_MAX, round_e4m3
+from stages.formats.microscaling import Microscaling
 from stages.formats.packing import by_rows
-from stages.formats.weight_format import StoredTensor, WeightFormat
+from stages.formats.weight_format import StoredTensor
 
 
 @dataclass(frozen=True)
-class Mxfp8(WeightFormat):
+class Mxfp8(Microscaling):
     """W = e4m3(element) * 2^(weight_scale - 127)."""
 
-    block_size: int = 32
-
     name = "mxfp8"
-    grain = "block"
     bound = E4M3_MAX
     input_bound = E4M3_MAX
-    scale_dtype = torch.float8_e8m0fnu
-    inputs = "found"
 
     def stored(self, rows: int, columns: int) -> list[StoredTensor]:
         return [
@@ -36,17 +31,6 @@ class Mxfp8(WeightFormat):
 
     def decode(self, codes: Tensor) -> Tensor:
         return codes.view(torch.float8_e4m3fn).float()
-
-    def scales_from_amax(self, amax: Tensor, tensor_scale: Tensor | None) -> Tensor:
-        return power_of_two(amax, self.bound)
-
-    def block_scale(
-        self, weight: Tensor, tensor_scale: Tensor | None, block_amax: Tensor | None = None
-    ) -> Tensor | None:
-        """uint8 `[N, K/32]`, exponents of two, more by 127."""
-        if block_amax is None:
-            block_amax = amax_of_blocks(weight, self.block_size)
-        return self.scales_from_amax(block_amax, None).view(torch.uint8)
 
     def pack(self, weight: Tensor, tensor_scale: Tensor | None, block_scale: Tensor | None) -> Tensor:
         """float8_e4m3fn `[N, K]`."""

@@ -40,8 +40,7 @@ class Replay:
         """The hidden state behind `layer` for a batch, with a gradient; to be called outside inference mode,
         whose tensors are copied.
         """
-        state = {name: value.clone() for name, value in self.second.peek(batch).items()}
-        call = self.calls.bind(self.layer, batch, state, last=False)
+        call = self.calls.bind(self.layer, batch, self.second.peek(batch), last=False)
         return call.copied().run(layer, self.returns)[HIDDEN]
 
     def target(self, batch: int) -> torch.Tensor:

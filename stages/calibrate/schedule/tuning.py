@@ -148,7 +148,7 @@ class _Tuning:
         total: dict[str, Tensor] = {}
         for batch in batches:
             output = self.replay.differentiable(batch, layer)
-            errors = token_errors(output, self.replay.target(batch).clone())
+            errors = token_errors(output, self.replay.target(batch))
             loss = (errors * weights[batch]).sum() * self.scale
             gradients = torch.autograd.grad(loss, list(own.values()), allow_unused=True)
             for name, gradient in zip(own, gradients, strict=True):
