@@ -111,11 +111,11 @@ def _commit(moment: Moment) -> Iterator[None]:
 
 # A tuned layer has more windows than the text: 6, 5 that begin later and 6 with other tokens.
 STREAMED = BATCHES + 6 if TUNED else BATCHES
-# They go through the second stream once more, to weigh the tokens.
-SWEEPS = 2 if TUNED else 1
+# They go through the second stream once more, to weigh the tokens, and some of them to see what came of it.
+SWEPT = 2 * STREAMED + len(range(0, STREAMED, tuning.CHECKED)) if TUNED else STREAMED
 KINDS: dict[str, tuple[Callable[[Moment], Any], int]] = {
     "first sweep": (_first_sweep, 0 if TUNED else LAYERS * BATCHES),
-    "second sweep": (_ahead_of(Replay, "run"), LAYERS * STREAMED * SWEEPS),
+    "second sweep": (_ahead_of(Replay, "run"), LAYERS * SWEPT),
     "solver": (_ahead_of(gptq, "solve_latent" if TUNED else "solve"), LAYERS * 4),
     "going on": (_ahead_of(QuantizedStream, "advance"), LAYERS),
     "writing behind": (_ahead_of(HiddenStates, "write"), LAYERS * STREAMED * 2),
